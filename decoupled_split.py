@@ -1,0 +1,672 @@
+"""Decoupled split learning in one file: train a network cut in two, with or without a way back.
+
+In split learning a client holds private images and the first layers of a network; a server holds
+the rest. The client sends the activations at the cut layer (the "smashed data" z) and the labels y.
+
+    conventional: --mode backprop                 decoupled: --mode decoupled
+
+    client                       server           client                       server
+    forward                                       forward, auxiliary loss,
+    | keeps its    -- z, y -->                    backward, step
+    | activations                forward, loss    (activations are freed)
+    | and waits                  backward,                       -- z, y -->
+    |             <-- dL/dz --   step             next batch                   forward, loss,
+    backward, step                                                             backward, step
+    (activations are freed)
+
+The decoupled client learns from the loss of a small auxiliary classifier on z, so nothing has to
+come back: half the bytes and no waiting. A host that runs both parties by turns needs memory for
+the larger one instead of the sum of both. That alone saves at most half; the "up to 58%" of the
+paper needs a server that is itself cut into modules with losses of their own (--server-modules).
+Measured for ResNet-110, batch 128, two CPU cores, torch 2.15.0: host peak 1045 MiB in backprop, 745
+decoupled, 437 with --cut shallow --server-modules 3 (NOTES.md, section 2, has the commands).
+The method: "Decoupled Split Learning via Auxiliary Loss" (Zihad et al. 2026, arXiv 2601.19261).
+
+    python decoupled_split.py                                      # both modes, synthetic images
+    python decoupled_split.py --mode decoupled --dataset cifar10   # the real thing
+    python decoupled_split.py --help                               # every knob
+
+MIT licence; the text is in README.md.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import weakref
+import zipfile
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
+
+# ---- 1. Config: every knob once; the command line is made from it --------------------------------
+def knob(default, text, allowed=None):
+    """A field of Config: its default, its line in --help, and its choices or its lowest value."""
+    return field(default=default, metadata={"text": text, "allowed": allowed})
+
+@dataclass
+class Config:
+    """All that a run depends on. The defaults are the CIFAR recipe; SYNTHETIC replaces some."""
+    mode: str = knob("compare", "protocol, or both in turn", ["compare", "backprop", "decoupled"])
+    dataset: str = knob("synthetic", "images to learn", ["synthetic", "cifar10", "cifar100"])
+    data_dir: str = knob("data", "folder of CIFAR, which is downloaded if it is not there")
+    depth: int = knob(20, "of the ResNet, 6n+2: 8, 14, 20, 32, 44, 56, 110", 8)
+    cut: str = knob("deep", "client: 1/4, 1/3, 1/2 of the layers", ["shallow", "middle", "deep"])
+    client_modules: int = knob(1, "locally trained modules on the client", 1)
+    server_modules: int = knob(1, "locally trained modules on the server", 1)
+    aux_depth: int = knob(2, "residual blocks in an auxiliary classifier", 0)
+    wire: str = knob("float32", "encoding of z and dL/dz", ["float32", "bfloat16", "uint8"])
+    clients: int = knob(1, "clients with equal shards of the set, visited in turn", 1)
+    shard_by_label: bool = knob(False, "sort the set by label before sharding: the hard case")
+    epochs: int = knob(10, "passes over the training set", 1)
+    batch_size: int = knob(128, "images a batch; the last one may be smaller", 1)
+    lr: float = knob(0.2, "peak learning rate, the same for every module", 1e-9)
+    weight_decay: float = knob(5e-4, "L2 penalty", 0)
+    schedule: str = knob("onecycle", "learning rate over time", ["onecycle", "constant"])
+    amp: bool = knob(False, "bfloat16 autocast: faster where the hardware has it")
+    seed: int = knob(0, "of weights, batches, augmentation and synthetic images", 0)
+    device: str = knob("auto", "auto: the first there is", ["auto", "cuda", "mps", "cpu"])
+    max_steps: int = knob(0, "end each epoch after so many batches; 0: do not", 0)
+    bandwidth: float = knob(100.0, "of the simulated link, Mbit/s", 1e-9)
+    latency: float = knob(10.0, "of the simulated link, ms one way", 0)
+    checkpoint: str = knob("", "file written after each epoch, and gone on from if it exists")
+    log: str = knob("", "file to append JSON lines to: one an epoch, a summary a mode")
+
+SYNTHETIC = {"depth": 8, "epochs": 4, "batch_size": 64, "lr": 0.1}
+CLASSES = {"synthetic": 10, "cifar10": 10, "cifar100": 100}
+FREE_ON_RESUME = ("device", "data_dir", "checkpoint", "log", "bandwidth", "latency")
+LEDGER_STEPS = 2    # watched by the ledger: from the second on there is momentum, shapes repeat
+
+class Refusal(Exception):
+    """What the user can mend: main() prints it as one line on stderr and exits with code 2."""
+
+def refuse(message):
+    raise Refusal(message)
+
+# ---- 2. Model: a network is a flat list of layers; cutting it yields local modules ---------------
+class Block(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H/s, W/s), s = c_out / c_in: two 3x3 convolutions beside a
+    shortcut without parameters (He et al. 2016, sec. 4.2, option A)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.c_out, self.stride = c_out, c_out // c_in
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, self.stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(c_out), nn.BatchNorm2d(c_out)
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        x = x[:, :, ::self.stride, ::self.stride]                # shortcut: every s-th pixel,
+        x = F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))   # zeros for the new channels
+        return F.relu(y + x, inplace=True)
+
+def classifier(channels, grid, classes):
+    """(B, channels, H, W) average-pooled to grid x grid, then one linear layer to (B, classes)."""
+    linear = nn.Linear(channels * grid**2, classes)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(grid), nn.Flatten(), linear)
+
+def resnet_layers(depth, classes):
+    """The CIFAR ResNet (He et al. 2016, sec. 4.2), depth 6n+2, as a list of 3 + 3n + 1 layers."""
+    n = (depth - 2) // 6
+    widths = [16] * (n + 1) + [32] * n + [64] * n
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    return [*stem, *(Block(a, b) for a, b in zip(widths, widths[1:])), classifier(64, 1, classes)]
+
+def auxiliary_classifier(layers, end, depth, classes):
+    """Class scores from z, the output of layers[:end]: `depth` residual blocks, as wide as blocks
+    spaced evenly over those that follow (AugLocal, Ma et al. 2024), then a linear layer. With depth
+    0 or no block to follow: one linear layer, the paper's (sec. IV-A), but on z pooled to 4x4. On
+    all of z it diverges at a normal learning rate."""
+    before, after = ([layer.c_out for layer in part if isinstance(layer, Block)]
+                     for part in (layers[:end], layers[end:]))
+    n, depth = len(after), min(depth, len(after))
+    widths = [16, *before][-1:] + [after[n * i // depth - 1] for i in range(1, depth + 1)]
+    blocks = [Block(a, b) for a, b in zip(widths, widths[1:])]
+    return nn.Sequential(*blocks, *classifier(widths[-1], 1 if blocks else 4, classes))
+
+class LocalModule(nn.Module):
+    """A run of layers, `body`, and the `head` that turns its output into class scores: in the last
+    module the network's own classifier, in the others an auxiliary one (in backprop mode None).
+    Its `optimizer` and `schedule` are its own, as its loss is: whoever steps a module steps no
+    weight of another module, let alone of another machine."""
+
+    def __init__(self, body, head):
+        super().__init__()
+        self.body, self.head = nn.Sequential(*body), head
+
+    def forward(self, x):
+        return self.body(x)
+
+    def update(self):
+        """A step. The gradients are dropped at once: they would lie idle until the next batch."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+def cut_network(config):
+    """The client's and the server's lists of LocalModule. The client has the first ceil(L/4),
+    ceil(L/3) or ceil(L/2) of L layers; N modules are N runs of ceil(n/N) of a party's n layers, or
+    Refusal. Auxiliary weights are drawn last, so both modes start from the same network."""
+    torch.manual_seed(config.seed)
+    layers, end, parties = resnet_layers(config.depth, CLASSES[config.dataset]), 0, []
+    border = math.ceil(len(layers) / {"shallow": 4, "middle": 3, "deep": 2}[config.cut])
+    for name, part in (("client", layers[:border]), ("server", layers[border:])):
+        count = getattr(config, f"{name}_modules")
+        size = math.ceil(len(part) / count)
+        runs = [part[i:i + size] for i in range(0, len(part), size)]
+        if len(runs) != count:
+            refuse(f"--{name}-modules {count}: the {name}'s {len(part)} layers make {len(runs)} "
+                   f"runs of {size}; ask for fewer modules or a larger --depth")
+        parties.append([])
+        for body in runs:
+            end += len(body)
+            head = body.pop() if end == len(layers) else None
+            if not head and config.mode != "backprop":
+                head = auxiliary_classifier(layers, end, config.aux_depth, CLASSES[config.dataset])
+            parties[-1].append(LocalModule(body, head))
+    return parties
+
+# ---- 3. Channel: the only way from one party to the other ----------------------------------------
+class Channel:
+    """An in-process wire that detaches, encodes and counts. `send` puts a tensor on it, `receive`
+    takes the oldest of a direction and kind off: a tensor that shares neither storage nor graph.
+    `wire` encodes activations and gradients: float32, bfloat16, or uint8 with an offset and a step
+    per channel (dim 1), sent and counted too. For a real network override `push` and `pull`."""
+
+    def __init__(self, wire="float32", classes=10):
+        labels = next(t for t in (torch.uint8, torch.uint16, torch.uint32)
+                      if classes - 1 <= torch.iinfo(t).max)
+        floats = getattr(torch, wire)
+        self.types = {"labels": labels, "activations": floats, "gradients": floats}
+        self.queues = {}
+        self.reset()
+
+    def reset(self):
+        self.bytes = {"up": {"activations": 0, "labels": 0}, "down": {"gradients": 0},
+                      "relay": {"weights": 0, "optimizer": 0},      # from one client to the next
+                      "evaluation": {"activations": 0}}             # up too, of test images
+
+    def send(self, tensor, direction, kind):
+        payload = self.encode(tensor.detach(), self.types.get(kind, tensor.dtype))
+        self.bytes[direction][kind] += sum(t.numel() * t.element_size() for t in payload)
+        self.push(payload, direction, kind)
+
+    def receive(self, direction, kind):
+        return self.decode(*self.pull(direction, kind))
+
+    def push(self, payload, *route):
+        self.queues.setdefault(route, []).append(payload)
+
+    def pull(self, *route):
+        return self.queues[route].pop(0)
+
+    def encode(self, tensor, dtype):
+        """The list of tensors that crosses the wire."""
+        if dtype is not torch.uint8 or not tensor.is_floating_point():
+            return [tensor.to(dtype)]
+        tensor, dims = tensor.float(), [d for d in range(tensor.dim()) if d != 1]
+        low, high = tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)
+        step = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+        return [((tensor - low) / step).round_().to(torch.uint8), low, step]
+
+    def decode(self, values, low=None, step=None):
+        """A new tensor: int64 from integers, else float32; from uint8 at most step / 2 off."""
+        if step is not None:
+            return values * step + low
+        return values.to(torch.float32 if values.is_floating_point() else torch.int64, copy=True)
+
+# ---- 4. Memory: a ledger of live tensor storages, charged to the party that made them ------------
+class Ledger(TorchDispatchMode):
+    """Live bytes per party after every operator, on any device, exact for what it counts. While
+    entered it sees every tensor that an operator returns. A storage counts once, however many views
+    it has, until it is freed. Counted: activations, gradients, weights, buffers and momentum (those
+    from before it was entered: by `add`). Not counted: the data set and the batch drawn from it, an
+    operator's private scratch, the allocator's rounding and reserve, the interpreter."""
+
+    def __init__(self):
+        super().__init__()
+        self.party, self.live, self.known = None, Counter(), weakref.WeakSet()
+        self.trace = []     # of the latest step: (who worked, client's live bytes, server's)
+
+    def __enter__(self):
+        self.trace = []
+        return super().__enter__()
+
+    def add(self, party, tensors):
+        for storage in {tensor.untyped_storage() for tensor in tensors}:
+            if storage not in self.known:
+                self.known.add(storage)
+                self.live[party] += storage.nbytes()
+                weakref.finalize(storage, self.live.subtract, {party: storage.nbytes()})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if self.party:
+            given, made = ([leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
+                           for tree in ((args, kwargs), result))
+            old = {tensor.untyped_storage() for tensor in given}    # views and in-place results are
+            self.add(self.party, [t for t in made if t.untyped_storage() not in old])   # not new
+            self.trace.append((self.party, self.live["client"], self.live["server"]))
+        return result
+
+    def figures(self, width=60):
+        """Bytes in the latest step: each party's peak, that of both on one host, what the client
+        held when the server was done, and a picture: both parties' peaks in `width` time slices."""
+        who, client, server = zip(*self.trace)
+        cuts = [len(who) * i // width for i in range(width + 1)]
+        return {"client_peak": max(client), "server_peak": max(server),
+                "host_peak": max(map(sum, zip(client, server))),
+                "client_held": [c for w, c in zip(who, client) if w == "server"][-1],
+                "picture": [[max(live[a:max(b, a + 1)]) for a, b in zip(cuts, cuts[1:])]
+                            for live in (client, server)]}
+
+# ---- 5. The two protocols: one batch each, the same arguments, the same kind of result -----------
+class Party(nn.Sequential):
+    """One machine: a chain of local modules and a clock. Called, it runs the bodies end to end:
+    images to z on the client, z to features on the server. (In a U-shaped split, where labels never
+    leave the client, the last module's head would be a third part, on the client again.)"""
+
+    def __init__(self, name, modules, ledger=None):
+        super().__init__(*modules)
+        self.name, self.ledger, self.seconds = name, ledger or Ledger(), 0.0
+
+    @contextmanager
+    def working(self):
+        """What runs inside is timed (seconds) and its tensors are charged to this party."""
+        finish = getattr(torch, next(self.parameters()).device.type).synchronize
+        finish()                    # a GPU runs asynchronously: wait for it before reading a clock
+        self.ledger.party, start = self.name, time.perf_counter()
+        yield
+        finish()
+        self.ledger.party, self.seconds = None, self.seconds + time.perf_counter() - start
+
+    def update(self):
+        for module in self:
+            module.update()
+
+    def state(self, kind):
+        """The tensors that stay between batches: "weights" (with buffers) or "optimizer"."""
+        if kind == "weights":
+            return list(self.state_dict().values())
+        leaves = tree_leaves([list(module.optimizer.state.values()) for module in self])
+        return [leaf for leaf in leaves if torch.is_tensor(leaf)]
+
+def backprop_step(client, server, channel, x, y):
+    """One batch of conventional split learning (Gupta & Raskar 2018): two transfers and a wait.
+    x: (B, 3, H, W) images, y: (B,) labels, both the client's. Returns the loss by party."""
+    with client.working():
+        z = client(x)                               # (B, C, H', W'); its graph is kept from here
+        channel.send(z, "up", "activations")
+        channel.send(y, "up", "labels")
+    with server.working():                          # and all this time the client can only wait
+        z_in = channel.receive("up", "activations").requires_grad_()    # so that dL/dz is computed
+        scores = server[-1].head(server(z_in))      # (B, classes)
+        loss = F.cross_entropy(scores.float(), channel.receive("up", "labels"))
+        loss.backward()
+        channel.send(z_in.grad, "down", "gradients")
+        server.update()
+    with client.working():
+        z.backward(channel.receive("down", "gradients").to(z.dtype))    # to here: freed only now
+        client.update()
+    return {"server": loss.item()}
+
+def decoupled_step(client, server, channel, x, y):
+    """One batch of decoupled split learning (paper, sec. III): one transfer and no wait.
+    x: (B, 3, H, W) images, y: (B,) labels, both the client's. Returns the loss by party."""
+    with client.working():
+        z, client_loss = train_locally(client, x, y)        # the client's activations are freed,
+        channel.send(z, "up", "activations")                # all but z (B, C, H', W')
+        channel.send(y, "up", "labels")
+        del z                                               # and that is gone when it is received
+    with server.working():                          # meanwhile the client may begin its next batch
+        z_in, y_in = channel.receive("up", "activations"), channel.receive("up", "labels")
+        _, server_loss = train_locally(server, z_in, y_in)  # dL/dz is neither computed nor sent
+    return {"client": client_loss, "server": server_loss}
+
+def train_locally(party, x, y):
+    """A forward, loss, backward and step for each module of a party. Returns the last z and loss.
+    One module a party is the paper's method; the party's own peak is then that of backprop, since
+    all its activations are still alive between its forward and its backward. With several modules
+    only those of one module are: that cuts the peak."""
+    for module in party:
+        z = module(x)
+        loss = F.cross_entropy(module.head(z).float(), y)
+        loss.backward()                             # frees the activations of this module
+        module.update()
+        x = z.detach()                              # no gradient will come back from the next one
+    return x, loss.item()
+
+def hand_over(client, channel):
+    """The client's part travels to the next client: weights and buffers, and momentum. (One Party
+    stands for all clients, one at a time, so it is copied onto itself.)"""
+    for kind in ("weights", "optimizer"):
+        for tensor in client.state(kind):
+            channel.send(tensor, "relay", kind)
+            tensor.copy_(channel.receive("relay", kind))
+
+# ---- 6. Data: the set is one uint8 tensor, batches are made by tensor operations -----------------
+def load(config):
+    """Training and test set: pairs of images (N, 32, 32, 3) uint8 and labels (N,) int64."""
+    if config.dataset == "synthetic":
+        sets = synthetic(config.seed)
+    else:
+        source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.dataset]
+        try:
+            parts = [source(config.data_dir, train=train, download=True) for train in (True, False)]
+        except Exception as error:    # torchvision lets through those of os, urllib, tar and pickle
+            refuse(f"--dataset {config.dataset}: not in --data-dir {config.data_dir}, or damaged: "
+                   f"put {source.url} there, or try --dataset synthetic ({error})")
+        sets = [(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts]
+    if config.shard_by_label:
+        sets[0] = [tensor[sets[0][1].argsort(stable=True)] for tensor in sets[0]]
+    return sets
+
+def synthetic(seed, sizes=(6000, 1000)):
+    """10 classes: a small pattern each, positive or negative, anywhere in front of clutter. On
+    average a pixel says nothing about the class, so a linear model on pixels finds little."""
+    g = torch.Generator().manual_seed(seed)
+    def smooth(n, cells, pixels):
+        noise = torch.randn(n, 3, cells, cells, generator=g)
+        return F.interpolate(noise, pixels, mode="bicubic").permute(0, 2, 3, 1)
+    patterns, sets = F.pad(smooth(10, 4, 16), (0, 0, 16, 16, 16, 16)), []
+    for n in sizes:
+        labels = torch.randint(10, (n,), generator=g)
+        sign = 2 * torch.randint(2, (n, 1, 1, 1), generator=g) - 1
+        images = 1.5 * sign * crop(patterns[labels], *torch.randint(17, (2, n), generator=g))
+        images = (images + smooth(n, 8, 32)) * 32 + 128
+        sets.append((images.clamp(0, 255).to(torch.uint8), labels))
+    return sets
+
+def crop(images, top, left, flip=None, size=32):
+    """Windows of size x size out of (B, H, W, C), their corners at top, left: (B,) int64, mirrored
+    left to right where flip, (B,) bool, is true."""
+    span = torch.arange(size, device=images.device)
+    rows, columns = top[:, None] + span, left[:, None] + span
+    if flip is not None:
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+    every = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[every, rows[:, :, None], columns[:, None, :]]
+
+def batches(images, labels, size, g=None):
+    """Yield x (B, 3, 32, 32) float32 and y (B,). With a generator g: shuffled, and of each image
+    padded with 4 black pixels a random 32x32 crop, flipped with probability 1/2."""
+    order = torch.randperm(len(labels), generator=g) if g else torch.arange(len(labels))
+    for index in order.to(images.device).split(size):
+        x, y = images[index], labels[index]
+        if g:
+            corners = torch.randint(9, (2, len(y)), generator=g).to(x.device)
+            flip = (torch.rand(len(y), generator=g) < 0.5).to(x.device)
+            x = crop(F.pad(x, (0, 0, 4, 4, 4, 4)), *corners, flip)
+        yield (x.permute(0, 3, 1, 2).float() - 128) / 64, y     # BatchNorm needs no finer scaling
+
+# ---- 7. Training: one loop for both modes --------------------------------------------------------
+class Run:
+    """One mode in training: two parties, the channel, the ledger, and how far they have got."""
+
+    def __init__(self, config, train_set, test_set, device):
+        self.config, self.test_set, self.device = config, test_set, device
+        self.channel, self.ledger = Channel(config.wire, CLASSES[config.dataset]), Ledger()
+        self.shards = list(zip(*(tensor.tensor_split(config.clients) for tensor in train_set)))
+        ends = list(accumulate(math.ceil(len(y) / config.batch_size) for _, y in self.shards))
+        self.hand_overs = ends if config.clients > 1 else []    # after these steps of an epoch
+        self.steps = min(ends[-1], config.max_steps or ends[-1])
+        self.client, self.server = (Party(name, modules, self.ledger) for name, modules
+                                    in zip(("client", "server"), cut_network(config)))
+        self.state, self.epoch, self.summary = [], 0, None      # what goes into a checkpoint
+        for module in [*self.client, *self.server]:
+            module.to(device, memory_format=torch.channels_last)
+            weights = {"params": list(module.parameters())}     # a lone ReLU has none
+            sgd = torch.optim.SGD([weights], config.lr, momentum=0.9, nesterov=True,
+                                  weight_decay=config.weight_decay)
+            module.optimizer, module.schedule = sgd, lr_scheduler.ConstantLR(sgd, 1.0)
+            if config.schedule == "onecycle":
+                module.schedule = lr_scheduler.OneCycleLR(
+                    sgd, config.lr, config.epochs * self.steps, cycle_momentum=False)
+            self.state += [module, module.optimizer, module.schedule]
+            for part in filter(None, (module.body, module.head) if config.amp else ()):
+                part.forward = torch.autocast(device.type, torch.bfloat16)(part.forward)
+
+    def train_epoch(self, watch):
+        """One pass over the training set. Returns its figures in the words of --log."""
+        config, epoch, client, server = self.config, self.epoch, self.client, self.server
+        step = {"backprop": backprop_step, "decoupled": decoupled_step}[config.mode]
+        # Seeded by the epoch: both modes see the same batches, and so does a run that is resumed.
+        g = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        stream = (batch for shard in self.shards for batch in batches(*shard, config.batch_size, g))
+        self.channel.reset()
+        client.seconds = server.seconds = total = seen = 0
+        start = time.perf_counter()
+        for n, (x, y) in zip(range(1, self.steps + 1), stream):
+            with self.ledger if watch and n <= LEDGER_STEPS else nullcontext():
+                losses = step(client, server, self.channel, x, y)
+            for name, loss in losses.items():
+                if not math.isfinite(loss):
+                    refuse(f"the {name}'s loss is {loss} in epoch {epoch + 1}, step {n}: try a "
+                           f"lower --lr than {config.lr:g}")
+            if n in self.hand_overs:
+                hand_over(client, self.channel)
+            total, seen = total + losses["server"] * len(y), seen + len(y)
+            seconds = time.perf_counter() - start
+            left = ((config.epochs - epoch) * self.steps - n) * seconds / n / 60
+            say(f"{config.mode} epoch {epoch + 1} step {n}/{self.steps} loss {total / seen:.3f} "
+                f"{seen / seconds:.0f} images/s {left:.1f} min left", passing=True)
+        return {"train_loss": total / seen, "images_per_second": seen / seconds,
+                "bytes": self.channel.bytes, "memory": self.ledger.figures(),
+                "seconds": {"epoch": seconds, "client": client.seconds, "server": server.seconds}}
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Test accuracy of the whole, and of the client with its auxiliary classifier alone."""
+        client, server, right, aux = self.client.eval(), self.server.eval(), 0, 0
+        for x, y in batches(*self.test_set, self.config.batch_size):
+            z = client(x)
+            self.channel.send(z, "evaluation", "activations")
+            features = server(self.channel.receive("evaluation", "activations"))
+            right += (server[-1].head(features).argmax(1) == y).sum().item()
+            if client[-1].head:
+                aux += (client[-1].head(z).argmax(1) == y).sum().item()
+        n = len(self.test_set[1])
+        client.train(), server.train()
+        return {"test_accuracy": right / n, "aux_accuracy": aux / n if client[-1].head else None}
+
+    def train(self):
+        """Train to the last epoch, from the checkpoint if there is one. Returns the summary."""
+        config = self.config
+        if config.checkpoint and os.path.exists(config.checkpoint):
+            self.resume(config.checkpoint)
+        for party in (self.client, self.server):
+            self.ledger.add(party.name, party.state("weights") + party.state("optimizer"))
+        for self.epoch in range(first := self.epoch, config.epochs):
+            s = self.summary = {**self.train_epoch(watch=self.epoch == first), **self.evaluate()}
+            if config.checkpoint:
+                self.save(config.checkpoint)
+            epoch = {"event": "epoch", "mode": config.mode, "epoch": self.epoch + 1}
+            write_log(config.log, {**epoch, **s})
+            aux = f" (auxiliary {s['aux_accuracy']:.2%})" if s["aux_accuracy"] is not None else ""
+            say(f"{config.mode} epoch {self.epoch + 1}/{config.epochs} loss {s['train_loss']:.3f} "
+                f"test {s['test_accuracy']:.2%}{aux} {s['images_per_second']:.0f} images/s")
+        summary = {"event": "summary", **asdict(config), "device": str(self.device),
+                   "torch": str(torch.__version__), **self.summary}
+        summary["gflop"] = gflop(self.client, self.server)
+        summary["seconds"]["link_epoch"] = link_seconds(config, summary, self.steps)
+        write_log(config.log, summary)
+        return summary
+
+    def save(self, path):
+        """Write what the next epoch needs. The old file stays until the new one is whole."""
+        draft = f"{path}.{os.getpid()}"
+        try:
+            state = [part.state_dict() for part in self.state]
+            torch.save({"config": asdict(self.config), "epoch": self.epoch + 1,
+                        "summary": self.summary, "state": state}, draft)
+            os.replace(draft, path)
+        except (OSError, RuntimeError) as error:    # torch.save turns one into the other
+            refuse(f"--checkpoint {path}: not written, the last one is kept ({error})")
+        finally:
+            if os.path.exists(draft):
+                os.remove(draft)
+
+    def resume(self, path):
+        """Go on from a checkpoint (on a CPU bit for bit), or Refusal: damaged, or another run's."""
+        try:
+            if zipfile.ZipFile(path).testzip():
+                raise ValueError("a checksum is wrong")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            theirs, mine = saved["config"], asdict(self.config)
+            other = [k for k in mine if k not in FREE_ON_RESUME and theirs.get(k) != mine[k]]
+            for part, state in zip(self.state, [] if other else saved["state"]):
+                part.load_state_dict(state)
+            self.epoch, self.summary = saved["epoch"], saved["summary"]
+        except Exception:               # zipfile, pickle and torch each have their own
+            refuse(f"--checkpoint {path}: damaged, or not one of this program; use another path")
+        for k in other[:1]:
+            refuse(f"--checkpoint {path}: of a run with --{k.replace('_', '-')} {theirs.get(k)}, "
+                   f"not {mine[k]}; use another path")
+
+@torch.no_grad()
+def gflop(client, server):
+    """GFLOP an image, forward (a training step is about three times that): the client's bodies, its
+    auxiliary classifiers, all of the server. A multiply-add counts as two."""
+    x, count = torch.zeros(1, 3, 32, 32, device=next(client.parameters()).device), Counter()
+    for party, aux in ((client, "aux"), (server, "server")):
+        for module in party.eval():
+            with FlopCounterMode(display=False) as body:
+                x = module(x)
+            with FlopCounterMode(display=False) as head:
+                module.head and module.head(x)
+            count[party.name] += body.get_total_flops() / 1e9
+            count[aux] += head.get_total_flops() / 1e9
+        party.train()
+    return {name: count[name] for name in ("client", "aux", "server")}
+
+def link_seconds(config, s, steps):
+    """Seconds of an epoch over the link. Backprop is a chain: each batch waits for its gradient.
+    Decoupled is a pipeline of client, link and server: the slowest of the three sets the pace."""
+    up, down, relay = (8 * sum(s["bytes"][direction].values()) / (config.bandwidth * 1e6)
+                       for direction in ("up", "down", "relay"))
+    stages, latency = (s["seconds"]["client"], up, s["seconds"]["server"]), config.latency / 1e3
+    relay += latency * config.clients * (config.clients > 1)
+    if config.mode == "backprop":
+        return sum(stages) + down + 2 * steps * latency + relay
+    return max(stages) + (sum(stages) - max(stages)) / steps + latency + relay
+
+# ---- 8. Report: progress, log, table, picture ----------------------------------------------------
+def say(line, passing=False):
+    """A line on stderr; a passing one only on a terminal, where the next line replaces it."""
+    if terminal := sys.stderr.isatty():
+        line = f"\r{line:<79.79}" if passing else f"\r{line:<79}"
+    if terminal or not passing:
+        print(line, end="" if passing else "\n", file=sys.stderr, flush=True)
+
+def write_log(path, record):
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+def report(summaries):
+    """The table, in compare with the change from backprop to decoupled, and the memory picture."""
+    columns = []
+    for s in summaries:
+        up, down, relay = (sum(s["bytes"][way].values()) / 1e6 for way in ("up", "down", "relay"))
+        memory, clock, flops, aux = s["memory"], s["seconds"], s["gflop"], s["aux_accuracy"]
+        columns.append({
+            "test accuracy, %": 100 * s["test_accuracy"],
+            "auxiliary accuracy, %": 100 * (math.nan if aux is None else aux),
+            "up, MB an epoch": up, "down, MB an epoch": down, "in all, MB an epoch": up + down,
+            "client to client, MB an epoch": relay,
+            "client peak, MiB": memory["client_peak"] / 2**20,
+            "server peak, MiB": memory["server_peak"] / 2**20,
+            "peak of both on one host, MiB": memory["host_peak"] / 2**20,
+            "client while the server works, MiB": memory["client_held"] / 2**20,
+            "client, MFLOP an image": 1e3 * (flops["client"] + flops["aux"]),
+            "server, MFLOP an image": 1e3 * flops["server"],
+            "seconds an epoch": clock["epoch"], "seconds over the link": clock["link_epoch"]})
+    lines = [["", *(s["mode"] for s in summaries), "change"]]
+    for name in columns[0]:
+        a, b = columns[0][name], columns[-1][name]
+        change = f"{b - a:+.2f}" if "%" in name else f"{100 * (b / (a or math.nan) - 1):+.1f}%"
+        lines.append([name, *(f"{column[name]:.2f}" for column in columns), change])
+    for name, *cells in lines:
+        cells = ["-" if "nan" in cell else cell for cell in cells[:3 if len(columns) > 1 else 1]]
+        print(f"{name:36}" + "".join(f"{cell:>12}" for cell in cells))
+    print("\nLive memory over one training step, operator by operator:")
+    top = max(max(map(max, s["memory"]["picture"])) for s in summaries)
+    for s in summaries:
+        for party, row in zip(("client", "server"), s["memory"]["picture"]):
+            bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * live / top)] for live in row)
+            print(f"{s['mode']:>10} {party} {bars}")
+
+# ---- 9. main: from the command line to the report; bad input is one line -----------------------
+def parse(argv):
+    """Config from the command line. Refusal for a value out of its bounds."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = refuse
+    for f in fields(Config):
+        allowed, default = f.metadata["allowed"], f.default
+        kind = ({"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else
+                {"type": type(default), "choices": allowed if isinstance(allowed, list) else None})
+        also = f", synthetic: {SYNTHETIC[f.name]}" if f.name in SYNTHETIC else ""
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['text']} (default: {default}{also})")
+    given = vars(parser.parse_args(argv))
+    preset = SYNTHETIC if given.get("dataset", "synthetic") == "synthetic" else {}
+    config = Config(**{**preset, **given})
+    for f in fields(Config):
+        value, allowed = getattr(config, f.name), f.metadata["allowed"]
+        if isinstance(allowed, (int, float)) and not allowed <= value < math.inf:
+            refuse(f"--{f.name.replace('_', '-')} {value}: must be finite, and at least {allowed}")
+    if config.depth % 6 != 2:
+        refuse(f"--depth {config.depth}: must be 6n+2: 8, 14, 20, 32, 44, 56, 110")
+    return config
+
+def check(config):
+    """The device to run on. Refusal for what would fail only after a while."""
+    cut_network(config)
+    for option, path in (("checkpoint", config.checkpoint), ("log", config.log)):
+        folder = os.path.dirname(path) or "."
+        if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(
+                path if os.path.exists(path) else folder, os.W_OK)):
+            refuse(f"--{option} {path}: a file cannot be written there; name another path")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    found = [device for device in there if there[device] and config.device in ("auto", device)]
+    return torch.device(found[0] if found else refuse(f"--device {config.device}: none is here"))
+
+def main(argv=None):
+    try:
+        config = parse(argv)
+        device = check(config)
+        sets = [[tensor.to(device) for tensor in pair] for pair in load(config)]
+        if config.clients > (n := len(sets[0][1])):
+            refuse(f"--clients {config.clients}: more than the {n} training images")
+        configs, (root, end) = [config], os.path.splitext(config.checkpoint)
+        if config.mode == "compare":    # each mode has its own checkpoint: run.backprop.pt
+            configs = [replace(config, mode=mode, checkpoint=root and f"{root}.{mode}{end}")
+                       for mode in ("backprop", "decoupled")]
+        summaries = [Run(config, *sets, device).train() for config in configs]
+        if len(summaries) > 1:
+            write_log(config.log, {"event": "compare", **{s["mode"]: s for s in summaries}})
+        report(summaries)
+        return 0
+    except (Refusal, OSError) as error:
+        say("decoupled_split.py: error: " + (str(error) or repr(error)).splitlines()[0])
+        return 2
+    except KeyboardInterrupt:
+        say("decoupled_split.py: interrupted; --checkpoint, if given, holds the last whole epoch")
+        return 130
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a terminal without block characters shows "?"
+    sys.exit(main())
