@@ -384,7 +384,7 @@ def synthetic(seed, sizes=(6000, 1000)):
     for n in sizes:
         labels = torch.randint(10, (n,), generator=g)
         sign = 2 * torch.randint(2, (n, 1, 1, 1), generator=g) - 1
-        images = 1.5 * sign * crop(patterns[labels], *torch.randint(17, (2, n), generator=g))
+        images = 1.2 * sign * crop(patterns[labels], *torch.randint(17, (2, n), generator=g))
         images = (images + smooth(n, 8, 32)) * 32 + 128
         sets.append((images.clamp(0, 255).to(torch.uint8), labels))
     return sets
@@ -571,9 +571,12 @@ def say(line, passing=False):
         print(line, end="" if passing else "\n", file=sys.stderr, flush=True)
 
 def write_log(path, record):
-    if path:
-        with open(path, "a") as file:
+    """Append a JSON line, if there is a path."""
+    try:
+        with open(path or os.devnull, "a") as file:
             file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        refuse(f"--log {path}: {error.strerror}; the lines before this one are kept")
 
 def report(summaries):
     """The table, in compare with the change from backprop to decoupled, and the memory picture."""
@@ -593,12 +596,12 @@ def report(summaries):
             "client, MFLOP an image": 1e3 * (flops["client"] + flops["aux"]),
             "server, MFLOP an image": 1e3 * flops["server"],
             "seconds an epoch": clock["epoch"], "seconds over the link": clock["link_epoch"]})
-    lines = [["", *(s["mode"] for s in summaries), "change"]]
+    lines = {"": [*(s["mode"] for s in summaries), "change"]}
     for name in columns[0]:
         a, b = columns[0][name], columns[-1][name]
         change = f"{b - a:+.2f}" if "%" in name else f"{100 * (b / (a or math.nan) - 1):+.1f}%"
-        lines.append([name, *(f"{column[name]:.2f}" for column in columns), change])
-    for name, *cells in lines:
+        lines[name] = [*(f"{column[name]:.2f}" for column in columns), change]
+    for name, cells in lines.items():
         cells = ["-" if "nan" in cell else cell for cell in cells[:3 if len(columns) > 1 else 1]]
         print(f"{name:36}" + "".join(f"{cell:>12}" for cell in cells))
     print("\nLive memory over one training step, operator by operator:")
@@ -608,7 +611,7 @@ def report(summaries):
             bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * live / top)] for live in row)
             print(f"{s['mode']:>10} {party} {bars}")
 
-# ---- 9. main: from the command line to the report; bad input is one line -----------------------
+# ---- 9. main: from the command line to the report; bad input is one line -------------------------
 def parse(argv):
     """Config from the command line. Refusal for a value out of its bounds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -1082,6 +1082,14 @@ def test_the_checkpoint_before_outlives_one_that_cannot_be_written(
     assert "--checkpoint" in capsys.readouterr().err.splitlines()[-1]
     assert torch.load(path, weights_only=True)["epoch"] == 1 and list(tmp_path.iterdir()) == [path]
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_on_a_full_disk_ends_the_run_in_one_line_and_keeps_the_checkpoint(
+        small, tmp_path, capsys):
+    argv = [*TINY, "--checkpoint", str(tmp_path / "run.pt"), "--log", "/dev/full"]
+    assert ds.main(argv) == 2
+    assert "--log /dev/full" in capsys.readouterr().err.splitlines()[-1]
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 1
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_gets_a_progress_line_and_errors_in_full(terminal, small, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
