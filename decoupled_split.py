@@ -92,6 +92,7 @@ class Refusal(Exception):
     """What the user can mend: main() prints it as one line on stderr and exits with code 2."""
 
 def refuse(message):
+    """Raise it; also what argparse calls for an option that it does not understand."""
     raise Refusal(message)
 
 # ---- 2. Model: a network is a flat list of layers; cutting it yields local modules ---------------
@@ -648,6 +649,7 @@ def check(config):
     return torch.device(found[0] if found else refuse(f"--device {config.device}: none is here"))
 
 def main(argv=None):
+    """Returns the exit code: 0, or 2 for what the user can mend, or 130 for Ctrl-C."""
     try:
         config = parse(argv)
         device = check(config)
