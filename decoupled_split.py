@@ -629,8 +629,9 @@ def parse(argv):
     config = Config(**{**preset, **given})
     for f in fields(Config):
         value, allowed = getattr(config, f.name), f.metadata["allowed"]
-        if isinstance(allowed, (int, float)) and not allowed <= value < math.inf:
-            refuse(f"--{f.name.replace('_', '-')} {value}: must be finite, and at least {allowed}")
+        limit = 2**31 if isinstance(value, int) else math.inf
+        if isinstance(allowed, (int, float)) and not allowed <= value < limit:
+            refuse(f"--{f.name.replace('_', '-')} {value}: must be from {allowed} to below {limit}")
     if config.depth % 6 != 2:
         refuse(f"--depth {config.depth}: must be 6n+2: 8, 14, 20, 32, 44, 56, 110")
     return config

@@ -1029,6 +1029,7 @@ BAD = """--depth 21, --depth 2, --depth -4, --client-modules 5, --server-modules
     --epochs 0, --epochs -1, --epochs nan, --batch-size 0, --batch-size -8, --batch-size nan,
     --lr 0, --lr -1, --lr nan, --bandwidth 0, --bandwidth -5, --bandwidth nan, --latency -1,
     --latency nan, --latency inf, --lr inf, --weight-decay -1, --weight-decay nan, --seed -1,
+    --seed 99999999999999999999,
     --aux-depth -1, --mode both,
     --cut wide, --wire int4, --dataset mnist, --schedule step, --device tpu, --colour red,
     --log no/such/folder/log, --log ., --checkpoint no/such/folder/run.pt, --checkpoint ."""
