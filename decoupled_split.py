@@ -16,8 +16,8 @@ the rest. The client sends the activations at the cut layer (the "smashed data" 
 
 The decoupled client learns from the loss of a small auxiliary classifier on z, so nothing has to
 come back: half the bytes and no waiting. A host that runs both parties by turns needs memory for
-the larger one instead of the sum of both. That alone saves at most half; the "up to 58%" of the
-paper needs a server that is itself cut into modules with losses of their own (--server-modules).
+the larger one instead of the sum of both. That alone saves at most half; the paper's "up to 58%"
+takes a party that is itself cut into modules with losses of their own (--server-modules).
 Measured for ResNet-110, batch 128, two CPU cores, torch 2.15.0: host peak 1045 MiB in backprop, 745
 decoupled, 437 with --cut shallow --server-modules 3 (NOTES.md, section 2, has the commands).
 The method: "Decoupled Split Learning via Auxiliary Loss" (Zihad et al. 2026, arXiv 2601.19261).
@@ -44,7 +44,6 @@ from itertools import accumulate
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,11 +60,12 @@ class Config:
     mode: str = knob("compare", "protocol, or both in turn", ["compare", "backprop", "decoupled"])
     dataset: str = knob("synthetic", "images to learn", ["synthetic", "cifar10", "cifar100"])
     data_dir: str = knob("data", "folder of CIFAR, which is downloaded if it is not there")
-    depth: int = knob(20, "of the ResNet, 6n+2: 8, 14, 20, 32, 44, 56, 110", 8)
-    cut: str = knob("deep", "client: 1/4, 1/3, 1/2 of the layers", ["shallow", "middle", "deep"])
+    depth: int = knob(20, "of the ResNet, 6n+2", [8, 14, 20, 32, 44, 56, 110])
+    cut: str = knob("deep", "client: 1/4, 1/3, 1/2 of the layers; a block is one",
+                    ["shallow", "middle", "deep"])
     client_modules: int = knob(1, "locally trained modules on the client", 1)
     server_modules: int = knob(1, "locally trained modules on the server", 1)
-    aux_depth: int = knob(2, "residual blocks in an auxiliary classifier", 0)
+    aux_depth: int = knob(1, "residual blocks in an auxiliary classifier, before a linear layer", 0)
     wire: str = knob("float32", "encoding of z and dL/dz", ["float32", "bfloat16", "uint8"])
     clients: int = knob(1, "clients with equal shards of the set, visited in turn", 1)
     shard_by_label: bool = knob(False, "sort the set by label before sharding: the hard case")
@@ -83,10 +83,10 @@ class Config:
     checkpoint: str = knob("", "file written after each epoch, and gone on from if it exists")
     log: str = knob("", "file to append JSON lines to: one an epoch, a summary a mode")
 
-SYNTHETIC = {"depth": 8, "epochs": 4, "batch_size": 64, "lr": 0.1}
+SYNTHETIC = {"depth": 8, "aux_depth": 2, "epochs": 4, "batch_size": 64, "lr": 0.1}
 CLASSES = {"synthetic": 10, "cifar10": 10, "cifar100": 100}
 FREE_ON_RESUME = ("device", "data_dir", "checkpoint", "log", "bandwidth", "latency")
-LEDGER_STEPS = 2    # watched by the ledger: from the second on there is momentum, shapes repeat
+LEDGER_STEP = 2     # the one step that the ledger watches: from here on there is momentum
 
 class Refusal(Exception):
     """What the user can mend: main() prints it as one line on stderr and exits with code 2."""
@@ -99,7 +99,6 @@ def refuse(message):
 class Block(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H/s, W/s), s = c_out / c_in: two 3x3 convolutions beside a
     shortcut without parameters (He et al. 2016, sec. 4.2, option A)."""
-
     def __init__(self, c_in, c_out):
         super().__init__()
         self.c_out, self.stride = c_out, c_out // c_in
@@ -127,22 +126,21 @@ def resnet_layers(depth, classes):
 
 def auxiliary_classifier(layers, end, depth, classes):
     """Class scores from z, the output of layers[:end]: `depth` residual blocks, as wide as blocks
-    spaced evenly over those that follow (AugLocal, Ma et al. 2024), then a linear layer. With depth
-    0 or no block to follow: one linear layer, the paper's (sec. IV-A), but on z pooled to 4x4. On
-    all of z it diverges at a normal learning rate."""
-    before, after = ([layer.c_out for layer in part if isinstance(layer, Block)]
-                     for part in (layers[:end], layers[end:]))
+    spaced evenly over those that follow (AugLocal, Ma et al. 2024), then a linear layer on what is
+    pooled to 2x2: pooled to 1x1 or 4x4 the client learns less. With depth 0 or no block to follow:
+    one linear layer, the paper's (sec. IV-A), on z pooled to 4x4. On all of z it diverges."""
+    channels = getattr(layers[end - 1], "c_out", 16)    # of z, from a block or from the stem
+    after = [layer.c_out for layer in layers[end:] if isinstance(layer, Block)]
     n, depth = len(after), min(depth, len(after))
-    widths = [16, *before][-1:] + [after[n * i // depth - 1] for i in range(1, depth + 1)]
+    widths = [channels] + [after[n * i // depth - 1] for i in range(1, depth + 1)]
     blocks = [Block(a, b) for a, b in zip(widths, widths[1:])]
-    return nn.Sequential(*blocks, *classifier(widths[-1], 1 if blocks else 4, classes))
+    return nn.Sequential(*blocks, *classifier(widths[-1], 2 if blocks else 4, classes))
 
 class LocalModule(nn.Module):
     """A run of layers, `body`, and the `head` that turns its output into class scores: in the last
     module the network's own classifier, in the others an auxiliary one (in backprop mode None).
-    Its `optimizer` and `schedule` are its own, as its loss is: whoever steps a module steps no
-    weight of another module, let alone of another machine."""
-
+    Its `optimizer` and `schedule` (made in Run) are its own, as its loss is: to step a module never
+    touches a weight of another one, let alone of another machine."""
     def __init__(self, body, head):
         super().__init__()
         self.body, self.head = nn.Sequential(*body), head
@@ -182,10 +180,10 @@ def cut_network(config):
 # ---- 3. Channel: the only way from one party to the other ----------------------------------------
 class Channel:
     """An in-process wire that detaches, encodes and counts. `send` puts a tensor on it, `receive`
-    takes the oldest of a direction and kind off: a tensor that shares neither storage nor graph.
-    `wire` encodes activations and gradients: float32, bfloat16, or uint8 with an offset and a step
-    per channel (dim 1), sent and counted too. For a real network override `push` and `pull`."""
-
+    takes the oldest of a direction and kind off, as a tensor that shares neither storage nor graph
+    with it. `wire` encodes activations and gradients: float32, bfloat16, or uint8 with an offset
+    and a scale per channel (dim 1), sent and counted too. For a real network override `push` and
+    `pull`."""
     def __init__(self, wire="float32", classes=10):
         labels = next(t for t in (torch.uint8, torch.uint16, torch.uint32)
                       if classes - 1 <= torch.iinfo(t).max)
@@ -219,34 +217,32 @@ class Channel:
             return [tensor.to(dtype)]
         tensor, dims = tensor.float(), [d for d in range(tensor.dim()) if d != 1]
         low, high = tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)
-        step = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
-        return [((tensor - low) / step).round_().to(torch.uint8), low, step]
+        scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+        return [((tensor - low) / scale).round_().to(torch.uint8), low, scale]
 
-    def decode(self, values, low=None, step=None):
-        """A new tensor: int64 from integers, else float32; from uint8 at most step / 2 off."""
-        if step is not None:
-            return values * step + low
+    def decode(self, values, low=None, scale=None):
+        """A new tensor: int64 from integers, else float32; from uint8 at most scale / 2 off."""
+        if scale is not None:
+            return values * scale + low
         return values.to(torch.float32 if values.is_floating_point() else torch.int64, copy=True)
 
 # ---- 4. Memory: a ledger of live tensor storages, charged to the party that made them ------------
 class Ledger(TorchDispatchMode):
-    """Live bytes per party after every operator, on any device, exact for what it counts. While
-    entered it sees every tensor that an operator returns. A storage counts once, however many views
-    it has, until it is freed. Counted: activations, gradients, weights, buffers and momentum (those
+    """Live bytes per party after every operator, exact for what it counts. While entered it sees
+    every tensor that an operator returns. A storage counts once, however many views it has, until
+    it is freed. Counted: activations, gradients, temporaries, weights, buffers and momentum (those
     from before it was entered: by `add`). Not counted: the data set and the batch drawn from it, an
     operator's private scratch, the allocator's rounding and reserve, the interpreter."""
-
     def __init__(self):
         super().__init__()
         self.party, self.live, self.known = None, Counter(), weakref.WeakSet()
-        self.trace = []     # of the latest step: (who worked, client's live bytes, server's)
+        self.trace = []         # an operator each: (who worked, client's live bytes, server's)
 
-    def __enter__(self):
-        self.trace = []
-        return super().__enter__()
-
-    def add(self, party, tensors):
-        for storage in {tensor.untyped_storage() for tensor in tensors}:
+    def add(self, party, tree, old=()):
+        """Charge the storages of all tensors in a tree, but for those in a tree of old ones."""
+        new, old = ({leaf.untyped_storage() for leaf in tree_leaves(part) if torch.is_tensor(leaf)}
+                    for part in (tree, old))
+        for storage in new - old:
             if storage not in self.known:
                 self.known.add(storage)
                 self.live[party] += storage.nbytes()
@@ -255,16 +251,14 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if self.party:
-            given, made = ([leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
-                           for tree in ((args, kwargs), result))
-            old = {tensor.untyped_storage() for tensor in given}    # views and in-place results are
-            self.add(self.party, [t for t in made if t.untyped_storage() not in old])   # not new
+            self.add(self.party, result, (args, kwargs))    # a view of the batch is not new
             self.trace.append((self.party, self.live["client"], self.live["server"]))
         return result
 
     def figures(self, width=60):
-        """Bytes in the latest step: each party's peak, that of both on one host, what the client
-        held when the server was done, and a picture: both parties' peaks in `width` time slices."""
+        """Bytes in what was watched: each party's peak, that of both on one host, what the client
+        held when the server was done; and a picture: each party's peaks in `width` equal runs of
+        operators."""
         who, client, server = zip(*self.trace)
         cuts = [len(who) * i // width for i in range(width + 1)]
         return {"client_peak": max(client), "server_peak": max(server),
@@ -278,14 +272,13 @@ class Party(nn.Sequential):
     """One machine: a chain of local modules and a clock. Called, it runs the bodies end to end:
     images to z on the client, z to features on the server. (In a U-shaped split, where labels never
     leave the client, the last module's head would be a third part, on the client again.)"""
-
     def __init__(self, name, modules, ledger=None):
         super().__init__(*modules)
         self.name, self.ledger, self.seconds = name, ledger or Ledger(), 0.0
 
     @contextmanager
     def working(self):
-        """What runs inside is timed (seconds) and its tensors are charged to this party."""
+        """What runs inside adds to self.seconds, and its tensors are charged to this party."""
         finish = getattr(torch, next(self.parameters()).device.type).synchronize
         finish()                    # a GPU runs asynchronously: wait for it before reading a clock
         self.ledger.party, start = self.name, time.perf_counter()
@@ -299,16 +292,15 @@ class Party(nn.Sequential):
 
     def state(self, kind):
         """The tensors that stay between batches: "weights" (with buffers) or "optimizer"."""
-        if kind == "weights":
-            return list(self.state_dict().values())
-        leaves = tree_leaves([list(module.optimizer.state.values()) for module in self])
-        return [leaf for leaf in leaves if torch.is_tensor(leaf)]
+        tree = (self.state_dict() if kind == "weights" else
+                [list(module.optimizer.state.values()) for module in self])
+        return [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
 
 def backprop_step(client, server, channel, x, y):
-    """One batch of conventional split learning (Gupta & Raskar 2018): two transfers and a wait.
+    """One batch of conventional split learning (Gupta & Raskar 2018): up, a wait, and down again.
     x: (B, 3, H, W) images, y: (B,) labels, both the client's. Returns the loss by party."""
     with client.working():
-        z = client(x)                               # (B, C, H', W'); its graph is kept from here
+        z = client(x)       # (B, C, H', W'), say (128, 32, 16, 16); its graph is kept from here
         channel.send(z, "up", "activations")
         channel.send(y, "up", "labels")
     with server.working():                          # and all this time the client can only wait
@@ -324,20 +316,20 @@ def backprop_step(client, server, channel, x, y):
     return {"server": loss.item()}
 
 def decoupled_step(client, server, channel, x, y):
-    """One batch of decoupled split learning (paper, sec. III): one transfer and no wait.
+    """One batch of decoupled split learning (paper, sec. III): up, and that is all.
     x: (B, 3, H, W) images, y: (B,) labels, both the client's. Returns the loss by party."""
     with client.working():
         z, client_loss = train_locally(client, x, y)        # the client's activations are freed,
         channel.send(z, "up", "activations")                # all but z (B, C, H', W')
         channel.send(y, "up", "labels")
-        del z                                               # and that is gone when it is received
-    with server.working():                          # meanwhile the client may begin its next batch
+        del z                                               # which goes when it is received
+    with server.working():              # on two machines the client may begin its next batch now
         z_in, y_in = channel.receive("up", "activations"), channel.receive("up", "labels")
         _, server_loss = train_locally(server, z_in, y_in)  # dL/dz is neither computed nor sent
     return {"client": client_loss, "server": server_loss}
 
 def train_locally(party, x, y):
-    """A forward, loss, backward and step for each module of a party. Returns the last z and loss.
+    """A forward, loss, backward and step for each module of a party; returns the last z and loss.
     One module a party is the paper's method; the party's own peak is then that of backprop, since
     all its activations are still alive between its forward and its backward. With several modules
     only those of one module are: that cuts the peak."""
@@ -415,31 +407,30 @@ def batches(images, labels, size, g=None):
 # ---- 7. Training: one loop for both modes --------------------------------------------------------
 class Run:
     """One mode in training: two parties, the channel, the ledger, and how far they have got."""
-
     def __init__(self, config, train_set, test_set, device):
         self.config, self.test_set, self.device = config, test_set, device
         self.channel, self.ledger = Channel(config.wire, CLASSES[config.dataset]), Ledger()
         self.shards = list(zip(*(tensor.tensor_split(config.clients) for tensor in train_set)))
         ends = list(accumulate(math.ceil(len(y) / config.batch_size) for _, y in self.shards))
-        self.hand_overs = ends if config.clients > 1 else []    # after these steps of an epoch
         self.steps = min(ends[-1], config.max_steps or ends[-1])
+        self.hand_overs = [n for n in ends if config.clients > 1 and n <= self.steps]   # after step
         self.client, self.server = (Party(name, modules, self.ledger) for name, modules
                                     in zip(("client", "server"), cut_network(config)))
-        self.state, self.epoch, self.summary = [], 0, None      # what goes into a checkpoint
+        self.state, self.epoch, self.summary = [], 0, None      # these go into a checkpoint
         for module in [*self.client, *self.server]:
             module.to(device, memory_format=torch.channels_last)
             weights = {"params": list(module.parameters())}     # a lone ReLU has none
             sgd = torch.optim.SGD([weights], config.lr, momentum=0.9, nesterov=True,
                                   weight_decay=config.weight_decay)
-            module.optimizer, module.schedule = sgd, lr_scheduler.ConstantLR(sgd, 1.0)
+            module.optimizer, module.schedule = sgd, torch.optim.lr_scheduler.ConstantLR(sgd, 1.0)
             if config.schedule == "onecycle":
-                module.schedule = lr_scheduler.OneCycleLR(
+                module.schedule = torch.optim.lr_scheduler.OneCycleLR(
                     sgd, config.lr, config.epochs * self.steps, cycle_momentum=False)
             self.state += [module, module.optimizer, module.schedule]
             for part in filter(None, (module.body, module.head) if config.amp else ()):
                 part.forward = torch.autocast(device.type, torch.bfloat16)(part.forward)
 
-    def train_epoch(self, watch):
+    def train_epoch(self):
         """One pass over the training set. Returns its figures in the words of --log."""
         config, epoch, client, server = self.config, self.epoch, self.client, self.server
         step = {"backprop": backprop_step, "decoupled": decoupled_step}[config.mode]
@@ -450,7 +441,10 @@ class Run:
         client.seconds = server.seconds = total = seen = 0
         start = time.perf_counter()
         for n, (x, y) in zip(range(1, self.steps + 1), stream):
-            with self.ledger if watch and n <= LEDGER_STEPS else nullcontext():
+            watched = n == min(LEDGER_STEP, self.steps) and not self.ledger.trace
+            for party in (client, server) if watched else ():
+                self.ledger.add(party.name, [party.state("weights"), party.state("optimizer")])
+            with self.ledger if watched else nullcontext():
                 losses = step(client, server, self.channel, x, y)
             for name, loss in losses.items():
                 if not math.isfinite(loss):
@@ -464,7 +458,8 @@ class Run:
             say(f"{config.mode} epoch {epoch + 1} step {n}/{self.steps} loss {total / seen:.3f} "
                 f"{seen / seconds:.0f} images/s {left:.1f} min left", passing=True)
         return {"train_loss": total / seen, "images_per_second": seen / seconds,
-                "bytes": self.channel.bytes, "memory": self.ledger.figures(),
+                "bytes": self.channel.bytes,    # the live counters: evaluate() adds to them
+                "memory": self.ledger.figures(),
                 "seconds": {"epoch": seconds, "client": client.seconds, "server": server.seconds}}
 
     @torch.no_grad()
@@ -479,7 +474,8 @@ class Run:
             if client[-1].head:
                 aux += (client[-1].head(z).argmax(1) == y).sum().item()
         n = len(self.test_set[1])
-        client.train(), server.train()
+        client.train()
+        server.train()
         return {"test_accuracy": right / n, "aux_accuracy": aux / n if client[-1].head else None}
 
     def train(self):
@@ -487,10 +483,8 @@ class Run:
         config = self.config
         if config.checkpoint and os.path.exists(config.checkpoint):
             self.resume(config.checkpoint)
-        for party in (self.client, self.server):
-            self.ledger.add(party.name, party.state("weights") + party.state("optimizer"))
-        for self.epoch in range(first := self.epoch, config.epochs):
-            s = self.summary = {**self.train_epoch(watch=self.epoch == first), **self.evaluate()}
+        for self.epoch in range(self.epoch, config.epochs):
+            s = self.summary = {**self.train_epoch(), **self.evaluate()}
             if config.checkpoint:
                 self.save(config.checkpoint)
             epoch = {"event": "epoch", "mode": config.mode, "epoch": self.epoch + 1}
@@ -501,7 +495,8 @@ class Run:
         summary = {"event": "summary", **asdict(config), "device": str(self.device),
                    "torch": str(torch.__version__), **self.summary}
         summary["gflop"] = gflop(self.client, self.server)
-        summary["seconds"]["link_epoch"] = link_seconds(config, summary, self.steps)
+        summary["seconds"]["link_epoch"] = link_seconds(
+            config, summary, self.steps, len(self.hand_overs))
         write_log(config.log, summary)
         return summary
 
@@ -532,9 +527,9 @@ class Run:
             self.epoch, self.summary = saved["epoch"], saved["summary"]
         except Exception:               # zipfile, pickle and torch each have their own
             refuse(f"--checkpoint {path}: damaged, or not one of this program; use another path")
-        for k in other[:1]:
-            refuse(f"--checkpoint {path}: of a run with --{k.replace('_', '-')} {theirs.get(k)}, "
-                   f"not {mine[k]}; use another path")
+        if other:
+            refuse(f"--checkpoint {path}: of a run with --{other[0].replace('_', '-')} "
+                   f"{theirs.get(other[0])}, not {mine[other[0]]}; use another path")
 
 @torch.no_grad()
 def gflop(client, server):
@@ -552,13 +547,13 @@ def gflop(client, server):
         party.train()
     return {name: count[name] for name in ("client", "aux", "server")}
 
-def link_seconds(config, s, steps):
+def link_seconds(config, s, steps, hand_overs):
     """Seconds of an epoch over the link. Backprop is a chain: each batch waits for its gradient.
     Decoupled is a pipeline of client, link and server: the slowest of the three sets the pace."""
     up, down, relay = (8 * sum(s["bytes"][direction].values()) / (config.bandwidth * 1e6)
                        for direction in ("up", "down", "relay"))
     stages, latency = (s["seconds"]["client"], up, s["seconds"]["server"]), config.latency / 1e3
-    relay += latency * config.clients * (config.clients > 1)
+    relay += latency * hand_overs
     if config.mode == "backprop":
         return sum(stages) + down + 2 * steps * latency + relay
     return max(stages) + (sum(stages) - max(stages)) / steps + latency + relay
@@ -580,7 +575,7 @@ def write_log(path, record):
         refuse(f"--log {path}: {error.strerror}; the lines before this one are kept")
 
 def report(summaries):
-    """The table, in compare with the change from backprop to decoupled, and the memory picture."""
+    """The table, in compare mode with the change, and the memory picture. nan: does not apply."""
     columns = []
     for s in summaries:
         up, down, relay = (sum(s["bytes"][way].values()) / 1e6 for way in ("up", "down", "relay"))
@@ -597,14 +592,13 @@ def report(summaries):
             "client, MFLOP an image": 1e3 * (flops["client"] + flops["aux"]),
             "server, MFLOP an image": 1e3 * flops["server"],
             "seconds an epoch": clock["epoch"], "seconds over the link": clock["link_epoch"]})
-    lines = {"": [*(s["mode"] for s in summaries), "change"]}
-    for name in columns[0]:
-        a, b = columns[0][name], columns[-1][name]
+    compare = len(columns) > 1
+    print(" " * 36 + "".join(f"{s['mode']:>12}" for s in summaries) + "      change" * compare)
+    for name, a in columns[0].items():
+        b = columns[-1][name]
         change = f"{b - a:+.2f}" if "%" in name else f"{100 * (b / (a or math.nan) - 1):+.1f}%"
-        lines[name] = [*(f"{column[name]:.2f}" for column in columns), change]
-    for name, cells in lines.items():
-        cells = ["-" if "nan" in cell else cell for cell in cells[:3 if len(columns) > 1 else 1]]
-        print(f"{name:36}" + "".join(f"{cell:>12}" for cell in cells))
+        cells = [*(f"{column[name]:.2f}" for column in columns), *[change] * compare]
+        print(f"{name:36}" + "".join(f"{'-' if 'nan' in cell else cell:>12}" for cell in cells))
     print("\nLive memory over one training step, operator by operator:")
     top = max(max(map(max, s["memory"]["picture"])) for s in summaries)
     for s in summaries:
@@ -632,8 +626,6 @@ def parse(argv):
         limit = 2**31 if isinstance(value, int) else math.inf
         if isinstance(allowed, (int, float)) and not allowed <= value < limit:
             refuse(f"--{f.name.replace('_', '-')} {value}: must be from {allowed} to below {limit}")
-    if config.depth % 6 != 2:
-        refuse(f"--depth {config.depth}: must be 6n+2: 8, 14, 20, 32, 44, 56, 110")
     return config
 
 def check(config):

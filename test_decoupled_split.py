@@ -142,7 +142,9 @@ def test_auxiliary_blocks_take_their_widths_from_the_blocks_that_follow(depth, w
     # 7 layers are the stem and blocks of 16, 16, 16, 32: 32, 32, 64, 64, 64 follow.
     head = ds.auxiliary_classifier(ds.resnet_layers(20, 10), 7, depth, 10)
     assert [b.c_out for b in head if isinstance(b, ds.Block)] == widths
-    assert head(torch.randn(2, 32, 16, 16)).shape == (2, 10) and head[-1].in_features == 64
+    blocks, linear, z = head[:len(widths)], head[-1], torch.randn(2, 32, 16, 16)
+    pooled = F.avg_pool2d(blocks(z.clone()), 4)                 # (2, 64, 8, 8) -> (2, 64, 2, 2)
+    torch.testing.assert_close(head(z), pooled.reshape(2, 256) @ linear.weight.t() + linear.bias)
 
 def test_auxiliary_depth_0_is_one_linear_layer_on_z_pooled_to_4x4():
     head = ds.auxiliary_classifier(ds.resnet_layers(20, 10), 7, 0, 10)
@@ -382,7 +384,7 @@ def test_an_epoch_of_cifar_counts_1638400000_bytes_up_and_twice_that_in_backprop
 def test_a_run_counts_the_bytes_of_an_epoch_with_its_partial_batch(mode):
     run = make(mode, [(TRAIN[0][:50], TRAIN[1][:50]), TEST])
     for _ in range(2):      # counts are those of one epoch
-        got = run.train_epoch(watch=not run.ledger.trace)["bytes"]
+        got = run.train_epoch()["bytes"]
         run.evaluate()
         z = 4 * 50 * 16 * 32 * 32
         assert got["up"] == {"activations": z, "labels": 50}
@@ -538,18 +540,16 @@ def test_ledger_adds_a_tensor_once():
     assert ledger.live == {"client": 0, "server": 0}
 
 def test_ledger_figures_and_picture_of_a_step_worked_out_by_hand():
-    ledger = ds.Ledger()
-    for _ in range(2):      # the figures are those of the latest step
-        with ledger:
-            ledger.party = "client"
-            a, b = torch.zeros(1000), torch.zeros(200)
-            del a
-            ledger.party = "server"
-            c = torch.zeros(900)
-            d = torch.zeros(400)
-            del b, c
-            e = torch.zeros(1)
-            del d, e
+    with ds.Ledger() as ledger:
+        ledger.party = "client"
+        a, b = torch.zeros(1000), torch.zeros(200)
+        del a
+        ledger.party = "server"
+        c = torch.zeros(900)
+        d = torch.zeros(400)
+        del b, c
+        e = torch.zeros(1)
+        del d, e
     assert ledger.figures(5) == {
         "client_peak": 4800, "server_peak": 5200, "host_peak": 6000, "client_held": 0,
         "picture": [[4000, 4800, 800, 800, 0], [0, 0, 3600, 5200, 1604]]}
@@ -609,6 +609,11 @@ def test_decoupled_client_holds_only_its_static_state_while_the_server_works(wir
         held[mode] = figures["client_held"] - static["client"]
     assert held["decoupled"] == 0
     assert held["backprop"] > 16 * 5 * 16 * 32 * 32 * 4     # at least 5 activations of a batch
+
+@pytest.mark.parametrize("max_steps", [0, 1])
+def test_the_reported_bytes_held_are_weights_buffers_and_momentum(max_steps):
+    run = make("decoupled", max_steps=max_steps)
+    assert run.train()["memory"]["client_held"] == static_bytes(run.client)
 
 def test_client_modules_cut_the_peak_of_the_client():
     runs = [make("decoupled", depth=20, client_modules=n, aux_depth=0) for n in (1, 7)]
@@ -675,7 +680,7 @@ def test_both_modes_see_the_same_stream_and_another_one_in_each_epoch(monkeypatc
         monkeypatch.setattr(ds, f"{mode}_step", spy)
         run = make(mode, [(TRAIN[0][:40], TRAIN[1][:40]), TEST])
         for run.epoch in (0, 1):
-            run.train_epoch(watch=True)
+            run.train_epoch()
     for epoch in (0, 1):
         a, b = seen["backprop", epoch], seen["decoupled", epoch]
         assert [len(y) for _, y in a] == [16, 16, 8] and all(same(p, q) for p, q in zip(a, b))
@@ -749,7 +754,7 @@ def test_cifar_is_read_from_the_official_layout(name, packed, tmp_path, monkeypa
         assert torch.equal(x, data.view(n, 3, 32, 32).permute(0, 2, 3, 1)) and y.tolist() == labels
     config = ds.Config(mode="decoupled", dataset=name, batch_size=4, depth=8, max_steps=1, epochs=1)
     run = ds.Run(config, *loaded, CPU)
-    run.train_epoch(watch=True)
+    run.train_epoch()
     assert run.server[-1].head[-1].out_features == int(name[5:])
 
 @pytest.mark.parametrize("damage", ["absent", "changed", "truncated", "no archive"])
@@ -805,7 +810,7 @@ def test_the_client_part_travels_after_every_shard(mode, monkeypatch):
     run = make(mode, [(TRAIN[0][:60], TRAIN[1][:60]), TEST], clients=3, batch_size=8)
     assert all(torch.equal(run.shards[n][i], TRAIN[i][20 * n:20 * n + 20])
                for n in range(3) for i in (0, 1))
-    total = run.train_epoch(watch=True)["bytes"]["relay"]
+    total = run.train_epoch()["bytes"]["relay"]
     client = run.client
     once = {"weights": size(client.state_dict().values()), "optimizer": size(client.parameters())}
     assert [{k: n // once[k] for k, n in r.items()} for r in [*relay, total]] == [
@@ -839,7 +844,7 @@ def test_learning_rate_follows_the_schedule_in_every_module(schedule):
         m.optimizer.register_step_pre_hook(
             lambda optimizer, *_, r=rates[-1]: r.append(optimizer.param_groups[0]["lr"]))
     for run.epoch in range(5):
-        run.train_epoch(watch=run.epoch == 0)
+        run.train_epoch()
     first = rates[0]
     assert len(rates) == 3 and all(r == first for r in rates) and len(first) == 5 * 4
     if schedule == "constant":
@@ -881,11 +886,15 @@ def test_seconds_over_the_link_are_those_of_a_simulation(mode, client, up_bytes,
     s = {"mode": mode, "bytes": count, "seconds": {"client": 7 * client, "server": 7 * server}}
     up = up_bytes / 1e7
     oracle = simulate(mode, steps, client, up, server, 2 * up, latency / 1e3)
-    assert ds.link_seconds(config, s, steps) == pytest.approx(oracle, rel=1e-6)
+    assert ds.link_seconds(config, s, steps, 0) == pytest.approx(oracle, rel=1e-6)
     count["relay"].update(weights=3e6, optimizer=2e6)
-    config.clients = 4
     relay = 5e6 / 1e7 + 4 * latency / 1e3
-    assert ds.link_seconds(config, s, steps) == pytest.approx(oracle + relay, rel=1e-6)
+    assert ds.link_seconds(config, s, steps, 4) == pytest.approx(oracle + relay, rel=1e-6)
+
+@pytest.mark.parametrize("clients, waits", [(1, 0), (2, 1), (4, 2)])
+def test_only_the_hand_overs_that_took_place_wait_for_the_link(clients, waits):
+    run = make("decoupled", clients=clients, max_steps=2, latency=1e6)      # of 4 batches
+    assert run.train()["seconds"]["link_epoch"] == pytest.approx(1000 * (1 + waits), abs=100)
 
 def test_gflop_are_those_of_the_layer_shapes():
     def conv(a, b, side):
@@ -905,7 +914,7 @@ def test_gflop_are_those_of_the_layer_shapes():
     assert ds.gflop(*parties(run)) == pytest.approx({"client": client / 1e9, "aux": heads[0] / 1e9,
                                                     "server": (whole - client + heads[1]) / 1e9})
     run = make("decoupled", depth=20, aux_depth=2)
-    aux = 2 * conv(32, 32, 16) + conv(32, 64, 8) + conv(64, 64, 8) + 2 * 64 * 10
+    aux = 2 * conv(32, 32, 16) + conv(32, 64, 8) + conv(64, 64, 8) + 2 * 64 * 4 * 10
     before = weights(*parties(run))
     assert ds.gflop(*parties(run))["aux"] == pytest.approx(aux / 1e9)
     assert same(before, weights(*parties(run))) and run.client[0].training
@@ -949,6 +958,8 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(tmp_pa
     argv = [*TINY, "--checkpoint", str(tmp_path / "run.pt"), "--log", str(tmp_path / "log")]
     assert ds.main(argv) == 0
     table, content = capsys.readouterr().out, (tmp_path / "run.pt").read_bytes()
+    assert table.split()[0] == "decoupled" and "change" not in table    # nothing to compare with
+    assert [len(line) for line in table.splitlines()[:15]] == [48] * 15
     assert ds.main(argv) == 0
     assert capsys.readouterr() == (table, "") and (tmp_path / "run.pt").read_bytes() == content
     events = log_of(tmp_path / "log")
@@ -1126,6 +1137,15 @@ def test_the_readme_lists_every_option():
     text = (HERE / "README.md").read_text()
     for f in fields(ds.Config):
         assert f"--{f.name.replace('_', '-')}" in text
+
+def test_the_python_in_the_notes_runs_and_shows_what_checkpointing_saves(capsys):
+    code, = re.findall(r"```python\n(.*?)```", (HERE / "NOTES.md").read_text(), re.DOTALL)
+    call, code = "checkpoint_sequential(net, 8, x, use_reentrant=False)", code.replace("110", "44")
+    assert call in code and "(128, 1)" in code
+    for text in (code, code.replace(call, "net(x)")):
+        exec(text.replace("(128, 1)", "(8, 1)"), {})
+    saved, plain = map(float, capsys.readouterr().out.split())
+    assert 1 < saved < 0.6 * plain
 
 def test_the_plain_command_prints_the_table_and_the_picture(plain_command):
     out, err = plain_command.communicate(timeout=60)
