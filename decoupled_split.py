@@ -127,8 +127,8 @@ def resnet_layers(depth, classes):
 def auxiliary_classifier(layers, end, depth, classes):
     """Class scores from z, the output of layers[:end]: `depth` residual blocks, as wide as blocks
     spaced evenly over those that follow (AugLocal, Ma et al. 2024), then a linear layer on what is
-    pooled to 2x2: pooled to 1x1 or 4x4 the client learns less. With depth 0 or no block to follow:
-    one linear layer, the paper's (sec. IV-A), on z pooled to 4x4. On all of z it diverges."""
+    pooled to 2x2 (1x1 and 4x4 are worse: NOTES.md, sec. 7). With depth 0 or no block to follow: one
+    linear layer as in the paper (sec. IV-A), but on z pooled to 4x4: on all of it, it diverges."""
     channels = getattr(layers[end - 1], "c_out", 16)    # of z, from a block or from the stem
     after = [layer.c_out for layer in layers[end:] if isinstance(layer, Block)]
     n, depth = len(after), min(depth, len(after))
@@ -330,9 +330,9 @@ def decoupled_step(client, server, channel, x, y):
 
 def train_locally(party, x, y):
     """A forward, loss, backward and step for each module of a party; returns the last z and loss.
-    One module a party is the paper's method; the party's own peak is then that of backprop, since
-    all its activations are still alive between its forward and its backward. With several modules
-    only those of one module are: that cuts the peak."""
+    One module a party is the paper's method; the party's own peak is then near that of backprop,
+    since all its activations are still alive between its forward and its backward. With several
+    modules only those of one module are: that cuts the peak."""
     for module in party:
         z = module(x)
         loss = F.cross_entropy(module.head(z).float(), y)

@@ -1167,10 +1167,13 @@ def test_the_plain_command_prints_the_table_and_the_picture(plain_command):
 # ---- the benchmark: python test_decoupled_split.py ----------------------------------------------
 def benchmark(steps=40):
     """Median milliseconds a step of ResNet-20, batch 128, by turns on the same batches: an uncut
-    loop in plain PyTorch, both protocols, and backprop under the ledger; and of the input alone."""
+    loop in plain PyTorch, both protocols, float32 and amp, and backprop under the ledger; and of
+    the input alone."""
     torch.set_num_threads(os.cpu_count())
     sets = ds.synthetic(0)
-    runs = {mode: ds.Run(ds.Config(mode=mode, dataset="cifar10"), *sets, CPU) for mode in MODES}
+    runs = {mode + ", amp" * amp: ds.Run(
+        ds.Config(mode=mode, dataset="cifar10", amp=amp), *sets, CPU)
+        for amp in (False, True) for mode in MODES}
     whole = uncut(20)
     sgd = torch.optim.SGD(whole.parameters(), 0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, 0.2, 10_000, cycle_momentum=False)
@@ -1186,8 +1189,8 @@ def benchmark(steps=40):
     def watched(x, y):
         with runs["backprop"].ledger:
             train(runs["backprop"], [(x, y)])
-    loops = {"uncut": plain, **{mode: lambda x, y, run=run: train(run, [(x, y)])
-                                for mode, run in runs.items()}, "backprop, ledger": watched}
+    loops = {"uncut": plain, **{name: lambda x, y, run=run: train(run, [(x, y)])
+                                for name, run in runs.items()}, "backprop, ledger": watched}
     times = {name: [] for name in ["input", *loops]}
     stream = ds.batches(*sets[0], 128, torch.Generator().manual_seed(0))
     for _ in range(steps):
