@@ -18,8 +18,8 @@ The decoupled client learns from the loss of a small auxiliary classifier on z, 
 come back: half the bytes and no waiting. A host that runs both parties by turns needs memory for
 the larger one instead of the sum of both. That alone saves at most half; the paper's "up to 58%"
 takes a party that is itself cut into modules with losses of their own (--server-modules).
-Measured for ResNet-110, batch 128, two CPU cores, torch 2.14.1: host peak 1045 MiB in backprop, 745
-decoupled, 437 with --cut shallow --server-modules 3 (NOTES.md, section 2, has the commands).
+Measured for ResNet-110, batch 128, --aux-depth 0, two CPU cores, torch 2.14.1: host peak 1045 MiB
+in backprop, 745 decoupled, 437 with --cut shallow --server-modules 3 (NOTES.md, section 2).
 The method: "Decoupled Split Learning via Auxiliary Loss" (Zihad et al. 2026, arXiv 2601.19261).
 
     python decoupled_split.py                                      # both modes, synthetic images
