@@ -290,12 +290,6 @@ class Party(nn.Sequential):
         for module in self:
             module.update()
 
-    def state(self, kind):
-        """The tensors that stay between batches: "weights" (with buffers) or "optimizer"."""
-        tree = (self.state_dict() if kind == "weights" else
-                [list(module.optimizer.state.values()) for module in self])
-        return [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
-
 def backprop_step(client, server, channel, x, y):
     """One batch of conventional split learning (Gupta & Raskar 2018): up, a wait, and down again.
     x: (B, 3, H, W) images, y: (B,) labels, both the client's. Returns the loss by party."""
@@ -344,14 +338,15 @@ def train_locally(party, x, y):
 def hand_over(client, channel):
     """The client's part travels to the next client: weights and buffers, and momentum. (One Party
     stands for all clients, one at a time, so it is copied onto itself.)"""
-    for kind in ("weights", "optimizer"):
-        for tensor in client.state(kind):
-            channel.send(tensor, "relay", kind)
-            tensor.copy_(channel.receive("relay", kind))
+    for module in client:
+        for kind, part in (("weights", module), ("optimizer", module.optimizer)):
+            for tensor in filter(torch.is_tensor, tree_leaves(part.state_dict())):
+                channel.send(tensor, "relay", kind)
+                tensor.copy_(channel.receive("relay", kind))
 
 # ---- 6. Data: the set is one uint8 tensor, batches are made by tensor operations -----------------
 def load(config):
-    """Training and test set: pairs of images (N, 32, 32, 3) uint8 and labels (N,) int64."""
+    """Training and test set: pairs of images (N, 3, 32, 32) uint8 and labels (N,) int64."""
     if config.dataset == "synthetic":
         sets = synthetic(config.seed)
     else:
@@ -361,7 +356,8 @@ def load(config):
         except Exception as error:    # torchvision lets through those of os, urllib, tar and pickle
             refuse(f"--dataset {config.dataset}: not in --data-dir {config.data_dir}, or damaged: "
                    f"put {source.url} there, or try --dataset synthetic ({error})")
-        sets = [(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts]
+        sets = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
+                for part in parts]
     if config.shard_by_label:
         sets[0] = [tensor[sets[0][1].argsort(stable=True)] for tensor in sets[0]]
     return sets
@@ -372,8 +368,8 @@ def synthetic(seed, sizes=(6000, 1000)):
     g = torch.Generator().manual_seed(seed)
     def smooth(n, cells, pixels):
         noise = torch.randn(n, 3, cells, cells, generator=g)
-        return F.interpolate(noise, pixels, mode="bicubic").permute(0, 2, 3, 1)
-    patterns, sets = F.pad(smooth(10, 4, 16), (0, 0, 16, 16, 16, 16)), []
+        return F.interpolate(noise, pixels, mode="bicubic")
+    patterns, sets = F.pad(smooth(10, 4, 16), (16, 16, 16, 16)), []
     for n in sizes:
         labels = torch.randint(10, (n,), generator=g)
         sign = 2 * torch.randint(2, (n, 1, 1, 1), generator=g) - 1
@@ -382,31 +378,27 @@ def synthetic(seed, sizes=(6000, 1000)):
         sets.append((images.clamp(0, 255).to(torch.uint8), labels))
     return sets
 
-def crop(images, top, left, flip=None, size=32):
-    """Windows of size x size out of (B, H, W, C), their corners at top, left: (B,) int64, mirrored
-    left to right where flip, (B,) bool, is true."""
-    span = torch.arange(size, device=images.device)
-    rows, columns = top[:, None] + span, left[:, None] + span
-    if flip is not None:
-        columns = torch.where(flip[:, None], columns.flip(1), columns)
-    every = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[every, rows[:, :, None], columns[:, None, :]]
+def crop(images, top, left):
+    """The 32x32 window of each image (B, C, H, W) whose corner is at top, left: (B,) int64."""
+    windows = images.unfold(2, 32, 1).unfold(3, 32, 1)     # a view: (B, C, H - 31, W - 31, 32, 32)
+    return windows[torch.arange(len(images)), :, top, left]
 
 def batches(images, labels, size, g=None):
     """Yield x (B, 3, 32, 32) float32 and y (B,). With a generator g: shuffled, and of each image
     padded with 4 black pixels a random 32x32 crop, flipped with probability 1/2."""
     order = torch.randperm(len(labels), generator=g) if g else torch.arange(len(labels))
-    for index in order.to(images.device).split(size):
+    for index in order.split(size):
         x, y = images[index], labels[index]
         if g:
-            corners = torch.randint(9, (2, len(y)), generator=g).to(x.device)
-            flip = (torch.rand(len(y), generator=g) < 0.5).to(x.device)
-            x = crop(F.pad(x, (0, 0, 4, 4, 4, 4)), *corners, flip)
-        yield (x.permute(0, 3, 1, 2).float() - 128) / 64, y     # BatchNorm needs no finer scaling
+            x = crop(F.pad(x, (4, 4, 4, 4)), *torch.randint(9, (2, len(y)), generator=g))
+            flip = torch.rand(len(y), generator=g) < 0.5
+            x[flip] = x[flip].flip(3)
+        yield (x.float() - 128) / 64, y     # BatchNorm needs no finer scaling
 
 # ---- 7. Training: one loop for both modes --------------------------------------------------------
 class Run:
-    """One mode in training: two parties, the channel, the ledger, and how far they have got."""
+    """One mode in training: two parties, the channel, the ledger, and how far they have got (from
+    the checkpoint, if there is one)."""
     def __init__(self, config, train_set, test_set, device):
         self.config, self.test_set, self.device = config, test_set, device
         self.channel, self.ledger = Channel(config.wire, CLASSES[config.dataset]), Ledger()
@@ -429,10 +421,15 @@ class Run:
             self.state += [module, module.optimizer, module.schedule]
             for part in filter(None, (module.body, module.head) if config.amp else ()):
                 part.forward = torch.autocast(device.type, torch.bfloat16)(part.forward)
+        if os.path.exists(config.checkpoint):
+            self.resume(config.checkpoint)
+        elif config.checkpoint:
+            self.save(config.checkpoint)    # a path that cannot be written is refused at once
 
     def train_epoch(self):
         """One pass over the training set. Returns its figures in the words of --log."""
-        config, epoch, client, server = self.config, self.epoch, self.client, self.server
+        config, epoch = self.config, self.epoch
+        client, server = self.client.train(), self.server.train()
         step = {"backprop": backprop_step, "decoupled": decoupled_step}[config.mode]
         # Seeded by the epoch: both modes see the same batches, and so does a run that is resumed.
         g = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -443,7 +440,8 @@ class Run:
         for n, (x, y) in zip(range(1, self.steps + 1), stream):
             watched = n == min(LEDGER_STEP, self.steps) and not self.ledger.trace
             for party in (client, server) if watched else ():
-                self.ledger.add(party.name, [party.state("weights"), party.state("optimizer")])
+                static = [[part.state_dict(), part.optimizer.state_dict()] for part in party]
+                self.ledger.add(party.name, static)
             with self.ledger if watched else nullcontext():
                 losses = step(client, server, self.channel, x, y)
             for name, loss in losses.items():
@@ -474,23 +472,20 @@ class Run:
             if client[-1].head:
                 aux += (client[-1].head(z).argmax(1) == y).sum().item()
         n = len(self.test_set[1])
-        client.train()
-        server.train()
         return {"test_accuracy": right / n, "aux_accuracy": aux / n if client[-1].head else None}
 
     def train(self):
-        """Train to the last epoch, from the checkpoint if there is one. Returns the summary."""
+        """Train to the last epoch. Returns the summary."""
         config = self.config
-        if config.checkpoint and os.path.exists(config.checkpoint):
-            self.resume(config.checkpoint)
-        for self.epoch in range(self.epoch, config.epochs):
+        while self.epoch < config.epochs:
             s = self.summary = {**self.train_epoch(), **self.evaluate()}
+            self.epoch += 1
             if config.checkpoint:
                 self.save(config.checkpoint)
-            epoch = {"event": "epoch", "mode": config.mode, "epoch": self.epoch + 1}
+            epoch = {"event": "epoch", "mode": config.mode, "epoch": self.epoch}
             write_log(config.log, {**epoch, **s})
             aux = f" (auxiliary {s['aux_accuracy']:.2%})" if s["aux_accuracy"] is not None else ""
-            say(f"{config.mode} epoch {self.epoch + 1}/{config.epochs} loss {s['train_loss']:.3f} "
+            say(f"{config.mode} epoch {self.epoch}/{config.epochs} loss {s['train_loss']:.3f} "
                 f"test {s['test_accuracy']:.2%}{aux} {s['images_per_second']:.0f} images/s")
         summary = {"event": "summary", **asdict(config), "device": str(self.device),
                    "torch": str(torch.__version__), **self.summary}
@@ -505,7 +500,7 @@ class Run:
         draft = f"{path}.{os.getpid()}"
         try:
             state = [part.state_dict() for part in self.state]
-            torch.save({"config": asdict(self.config), "epoch": self.epoch + 1,
+            torch.save({"config": asdict(self.config), "epoch": self.epoch,
                         "summary": self.summary, "state": state}, draft)
             os.replace(draft, path)
         except (OSError, RuntimeError) as error:    # torch.save turns one into the other
@@ -544,7 +539,6 @@ def gflop(client, server):
                 module.head and module.head(x)
             count[party.name] += body.get_total_flops() / 1e9
             count[aux] += head.get_total_flops() / 1e9
-        party.train()
     return {name: count[name] for name in ("client", "aux", "server")}
 
 def link_seconds(config, s, steps, hand_overs):
@@ -566,13 +560,13 @@ def say(line, passing=False):
     if terminal or not passing:
         print(line, end="" if passing else "\n", file=sys.stderr, flush=True)
 
-def write_log(path, record):
-    """Append a JSON line, if there is a path."""
+def write_log(path, *records):
+    """Append JSON lines, if there is a path."""
     try:
         with open(path or os.devnull, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.writelines(json.dumps(record) + "\n" for record in records)
     except OSError as error:
-        refuse(f"--log {path}: {error.strerror}; the lines before this one are kept")
+        refuse(f"--log {path}: {error.strerror}; what it holds is kept; mend that or use another")
 
 def report(summaries):
     """The table, in compare mode with the change, and the memory picture. nan: does not apply."""
@@ -628,24 +622,15 @@ def parse(argv):
             refuse(f"--{f.name.replace('_', '-')} {value}: must be from {allowed} to below {limit}")
     return config
 
-def check(config):
-    """The device to run on. Refusal for what would fail only after a while."""
-    cut_network(config)
-    for option, path in (("checkpoint", config.checkpoint), ("log", config.log)):
-        folder = os.path.dirname(path) or "."
-        if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(
-                path if os.path.exists(path) else folder, os.W_OK)):
-            refuse(f"--{option} {path}: a file cannot be written there; name another path")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    found = [device for device in there if there[device] and config.device in ("auto", device)]
-    return torch.device(found[0] if found else refuse(f"--device {config.device}: none is here"))
-
 def main(argv=None):
     """Returns the exit code: 0, or 2 for what the user can mend, or 130 for Ctrl-C."""
     try:
         config = parse(argv)
-        device = check(config)
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+        found = [name for name in there if there[name] and config.device in ("auto", name)]
+        device = torch.device(found[0]) if found else refuse(f"--device {config.device}: not here")
+        write_log(config.log)       # nothing yet: a path that cannot be written is refused at once
         sets = [[tensor.to(device) for tensor in pair] for pair in load(config)]
         if config.clients > (n := len(sets[0][1])):
             refuse(f"--clients {config.clients}: more than the {n} training images")
@@ -653,7 +638,8 @@ def main(argv=None):
         if config.mode == "compare":    # each mode has its own checkpoint: run.backprop.pt
             configs = [replace(config, mode=mode, checkpoint=root and f"{root}.{mode}{end}")
                        for mode in ("backprop", "decoupled")]
-        summaries = [Run(config, *sets, device).train() for config in configs]
+        runs = [Run(config, *sets, device) for config in configs]
+        summaries = [run.train() for run in runs]
         if len(summaries) > 1:
             write_log(config.log, {"event": "compare", **{s["mode"]: s for s in summaries}})
         report(summaries)

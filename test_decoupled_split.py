@@ -56,6 +56,11 @@ def parties(run):
 def weights(*modules):
     return [t.clone() for module in modules for t in module.state_dict().values()]
 
+def kept(party):
+    """What stays between two batches: weights, buffers, momentum."""
+    return [t for m in party for t in (*m.state_dict().values(), *(
+        t for state in m.optimizer.state.values() for t in state.values() if torch.is_tensor(t)))]
+
 def same(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
@@ -448,7 +453,7 @@ def one_party(rank, port, path):
                     F.cross_entropy(party[-1].head(party(z.requires_grad_())), y).backward()
                     party.update()
                     channel.send(z.grad, "down", "gradients")
-        result.append((channel.arrived, party.state("weights") + party.state("optimizer")))
+        result.append((channel.arrived, kept(party)))
     torch.save(result, path)
     dist.destroy_process_group()
 
@@ -475,7 +480,7 @@ def test_two_processes_over_a_socket_get_the_counted_bytes_and_the_same_weights(
                    for kind, count in kinds.items() if count}
         assert arrived == counted and len(arrived) == (3 if mode == "backprop" else 2)
         for rank, party in enumerate(parties(run)):
-            assert same(results[rank][n][1], party.state("weights") + party.state("optimizer"))
+            assert same(results[rank][n][1], kept(party))
 
 # ---- memory -------------------------------------------------------------------------------------
 @pytest.fixture
@@ -560,7 +565,7 @@ def watched_step(run, batch):
     for party in parties(run):
         for p, m in ((p, m) for m in party for p in m.parameters()):
             m.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        run.ledger.add(party.name, party.state("weights") + party.state("optimizer"))
+        run.ledger.add(party.name, kept(party))
     static = dict(run.ledger.live)
     with run.ledger:
         train(run, [batch])
@@ -631,27 +636,22 @@ def test_host_peak_savings_of_resnet_110_reach_the_58_percent_of_the_paper(cut, 
     assert 100 * (1 - peaks[1] / peaks[0]) == pytest.approx(saving, abs=1)
 
 # ---- data ---------------------------------------------------------------------------------------
-def test_crop_and_flip_are_those_of_torchvision():
+def test_crops_are_those_of_torchvision():
     g = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (12, 40, 40, 3), dtype=torch.uint8, generator=g)
+    images = torch.randint(256, (12, 3, 40, 40), dtype=torch.uint8, generator=g)
     top, left = torch.randint(9, (2, 12), generator=g)
     top[0], left[0], top[1], left[1] = 0, 8, 8, 0
-    flip = torch.arange(12) % 2 == 0
-    for flips in (flip, None):
-        out = ds.crop(images, top, left, flips)
-        for n, image in enumerate(images.permute(0, 3, 1, 2)):
-            oracle = TF.crop(image, top[n], left[n], 32, 32)
-            oracle = TF.hflip(oracle) if flips is not None and flip[n] else oracle
-            assert torch.equal(out[n].permute(2, 0, 1), oracle)
+    for n, window in enumerate(ds.crop(images, top, left)):
+        assert torch.equal(window, TF.crop(images[n], top[n], left[n], 32, 32))
 
 def test_training_images_are_random_windows_of_the_padded_image_half_of_them_flipped():
     g = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (200, 32, 32, 3), dtype=torch.uint8, generator=g)
+    images = torch.randint(256, (200, 3, 32, 32), dtype=torch.uint8, generator=g)
     seen, windows = [], list(itertools.product(range(9), range(9), (0, 1)))     # top, left, flip
     for x, y in ds.batches(images, torch.arange(200), 64, g):
         assert x.dtype == torch.float32 and x.shape[1:] == (3, 32, 32)
         for got, n in zip((x * 64 + 128).to(torch.uint8), y):
-            padded = TF.pad(images[n].permute(2, 0, 1), 4)
+            padded = TF.pad(images[n], 4)
             all_ = torch.stack([TF.crop(padded, t, le, 32, 32) for t, le, flip in windows if flip])
             match = (torch.stack([all_, TF.hflip(all_)], 1).flatten(0, 1) == got).flatten(1).all(1)
             assert match.sum() == 1
@@ -689,7 +689,7 @@ def test_both_modes_see_the_same_stream_and_another_one_in_each_epoch(monkeypatc
 def test_synthetic_images_depend_on_the_seed_alone():
     a, b, c = ds.synthetic(5, (40, 20)), ds.synthetic(5, (40, 20)), ds.synthetic(6, (40, 20))
     for (x, y), (x2, y2), (x3, _), n in zip(a, b, c, (40, 20)):
-        assert x.shape == (n, 32, 32, 3) and x.dtype == torch.uint8 and y.dtype == torch.int64
+        assert x.shape == (n, 3, 32, 32) and x.dtype == torch.uint8 and y.dtype == torch.int64
         assert torch.equal(x, x2) and torch.equal(y, y2) and not torch.equal(x, x3)
     assert not torch.equal(a[0][0][:20], a[1][0])       # the test images are others
 
@@ -749,9 +749,9 @@ def test_cifar_is_read_from_the_official_layout(name, packed, tmp_path, monkeypa
     written = write_cifar(tmp_path, name, monkeypatch, packed)
     loaded = ds.load(ds.parse(["--dataset", name, "--data-dir", str(tmp_path)]))
     for (data, labels), (x, y), n in zip(written, loaded, (20 if name == "cifar10" else 4, 4)):
-        assert x.shape == (n, 32, 32, 3) and x.dtype == torch.uint8 and y.dtype == torch.int64
-        assert x[2, 5, 7, 1] == data[2, 1 * 1024 + 5 * 32 + 7]      # row 5, column 7, green
-        assert torch.equal(x, data.view(n, 3, 32, 32).permute(0, 2, 3, 1)) and y.tolist() == labels
+        assert x.shape == (n, 3, 32, 32) and x.dtype == torch.uint8 and y.dtype == torch.int64
+        assert x[2, 1, 5, 7] == data[2, 1 * 1024 + 5 * 32 + 7]      # green, row 5, column 7
+        assert torch.equal(x, data.view(n, 3, 32, 32)) and y.tolist() == labels
     config = ds.Config(mode="decoupled", dataset=name, batch_size=4, depth=8, max_steps=1, epochs=1)
     run = ds.Run(config, *loaded, CPU)
     run.train_epoch()
@@ -778,7 +778,7 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode():
     run = make("decoupled", [TRAIN, test], aux_depth=1, lr=0.1)
     train(run, BATCHES * 3)
     client, server = (copy.deepcopy(party).eval() for party in parties(run))
-    x = (test[0].permute(0, 3, 1, 2).float() - 128) / 64
+    x = (test[0].float() - 128) / 64
     with torch.no_grad():
         z = client[0].body(x)
         right = [(part.argmax(1) == test[1]).sum().item() for part in (
@@ -791,10 +791,11 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode():
     assert run.evaluate() == {"test_accuracy": right[0] / 250, "aux_accuracy": right[1] / 250}
     assert torch.equal(torch.cat(seen), x)      # as they are, in their order
     assert same(weights(*parties(run)), before)
-    assert all(m.training for party in parties(run) for m in party.modules())
     assert run.channel.bytes == {"up": {"activations": 0, "labels": 0}, "down": {"gradients": 0},
                                  "relay": {"weights": 0, "optimizer": 0},
                                  "evaluation": {"activations": 250 * 16 * 32 * 32 * 4}}
+    run.train_epoch()
+    assert all(m.training for party in parties(run) for m in party.modules())
 
 def test_backprop_has_no_auxiliary_accuracy():
     assert make("backprop").evaluate()["aux_accuracy"] is None
@@ -822,10 +823,10 @@ def test_a_hand_over_changes_no_bit(wire):
     run = make("decoupled", wire=wire)
     train(run)
     party = run.client
-    before = weights(party) + [t.clone() for t in party.state("optimizer")]
+    before = [tensor.clone() for tensor in kept(party)]
     sent = sum(run.channel.bytes["up"].values())
     ds.hand_over(party, run.channel)
-    assert same(before, party.state("weights") + party.state("optimizer"))
+    assert same(before, kept(party))
     assert sum(run.channel.bytes["up"].values()) == sent and len(before) > len(weights(party))
 
 def test_shard_by_label_gives_each_client_a_run_of_the_sorted_labels(small):
@@ -917,7 +918,7 @@ def test_gflop_are_those_of_the_layer_shapes():
     aux = 2 * conv(32, 32, 16) + conv(32, 64, 8) + conv(64, 64, 8) + 2 * 64 * 4 * 10
     before = weights(*parties(run))
     assert ds.gflop(*parties(run))["aux"] == pytest.approx(aux / 1e9)
-    assert same(before, weights(*parties(run))) and run.client[0].training
+    assert same(before, weights(*parties(run)))
 
 # ---- long runs ----------------------------------------------------------------------------------
 LONG = "--mode decoupled --epochs 3 --max-steps 4 --batch-size 32 --device cpu".split()
@@ -1006,6 +1007,12 @@ def test_a_checkpoint_of_another_configuration_is_refused(change, tmp_path, refu
     assert "--checkpoint" in line and change[0] in line and change[1] in line
     assert path.read_bytes() == content
 
+def test_a_bad_checkpoint_of_the_second_mode_is_found_before_the_first_one_trains(
+        tmp_path, refused):
+    (tmp_path / "run.decoupled.pt").write_text("not a checkpoint")
+    line = refused(*TINY, "--mode", "compare", "--checkpoint", tmp_path / "run.pt")
+    assert "run.decoupled.pt" in line       # and no line of an epoch before it
+
 KEYS = """event mode dataset depth cut client_modules server_modules aux_depth wire clients epochs
 batch_size seed device torch test_accuracy aux_accuracy train_loss bytes memory gflop seconds
 images_per_second""".split()
@@ -1043,7 +1050,8 @@ BAD = """--depth 21, --depth 2, --depth -4, --client-modules 5, --server-modules
     --seed 99999999999999999999,
     --aux-depth -1, --mode both,
     --cut wide, --wire int4, --dataset mnist, --schedule step, --device tpu, --colour red,
-    --log no/such/folder/log, --log ., --checkpoint no/such/folder/run.pt, --checkpoint ."""
+    --log no/such/folder/log, --log ., --checkpoint no/such/folder/run.pt,
+    --checkpoint . --mode backprop"""
 
 @pytest.mark.parametrize("argv", [argv.strip() for argv in BAD.split(",")])
 def test_bad_input_is_one_line_that_names_the_option(argv, refused, monkeypatch, tmp_path):
@@ -1086,7 +1094,7 @@ def test_the_checkpoint_before_outlives_one_that_cannot_be_written(
 
     def full(source, target):
         moves.append(source)
-        if len(moves) == 2:
+        if len(moves) == 3:         # the first is at the start
             raise OSError("no space left on device")
         replace(source, target)
     monkeypatch.setattr(os, "replace", full)
