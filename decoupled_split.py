@@ -85,7 +85,7 @@ class Config:
 
 SYNTHETIC = {"depth": 8, "aux_depth": 2, "epochs": 4, "batch_size": 64, "lr": 0.1}
 CLASSES = {"synthetic": 10, "cifar10": 10, "cifar100": 100}
-FREE_ON_RESUME = ("device", "data_dir", "checkpoint", "log", "bandwidth", "latency")
+FREE_ON_RESUME = ("device", "data_dir", "checkpoint", "log", "bandwidth", "latency")  # may change
 LEDGER_STEP = 2     # the one step that the ledger watches: from here on there is momentum
 
 class Refusal(Exception):
@@ -139,8 +139,8 @@ def auxiliary_classifier(layers, end, depth, classes):
 class LocalModule(nn.Module):
     """A run of layers, `body`, and the `head` that turns its output into class scores: in the last
     module the network's own classifier, in the others an auxiliary one (in backprop mode None).
-    Its `optimizer` and `schedule` (made in Run) are its own, as its loss is: to step a module never
-    touches a weight of another one, let alone of another machine."""
+    Its `optimizer` and `schedule` (made in Run) are its own: modules are stepped at different
+    times, on different machines, and in decoupled mode by losses of their own."""
     def __init__(self, body, head):
         super().__init__()
         self.body, self.head = nn.Sequential(*body), head
@@ -171,7 +171,7 @@ def cut_network(config):
         parties.append([])
         for body in runs:
             end += len(body)
-            head = body.pop() if end == len(layers) else None
+            head = body.pop() if end == len(layers) else None      # the network's own classifier
             if not head and config.mode != "backprop":
                 head = auxiliary_classifier(layers, end, config.aux_depth, CLASSES[config.dataset])
             parties[-1].append(LocalModule(body, head))
@@ -205,11 +205,11 @@ class Channel:
     def receive(self, direction, kind):
         return self.decode(*self.pull(direction, kind))
 
-    def push(self, payload, *route):
-        self.queues.setdefault(route, []).append(payload)
+    def push(self, payload, direction, kind):
+        self.queues.setdefault((direction, kind), []).append(payload)
 
-    def pull(self, *route):
-        return self.queues[route].pop(0)
+    def pull(self, direction, kind):
+        return self.queues[direction, kind].pop(0)
 
     def encode(self, tensor, dtype):
         """The list of tensors that crosses the wire."""
@@ -271,7 +271,7 @@ class Ledger(TorchDispatchMode):
 class Party(nn.Sequential):
     """One machine: a chain of local modules and a clock. Called, it runs the bodies end to end:
     images to z on the client, z to features on the server. (In a U-shaped split, where labels never
-    leave the client, the last module's head would be a third part, on the client again.)"""
+    leave the client, the last head and its optimizer would be on the client again.)"""
     def __init__(self, name, modules, ledger=None):
         super().__init__(*modules)
         self.name, self.ledger, self.seconds = name, ledger or Ledger(), 0.0
@@ -302,12 +302,14 @@ def backprop_step(client, server, channel, x, y):
         scores = server[-1].head(server(z_in))      # (B, classes)
         loss = F.cross_entropy(scores.float(), channel.receive("up", "labels"))
         loss.backward()
-        channel.send(z_in.grad, "down", "gradients")
+        channel.send(z_in.grad, "down", "gradients")    # as large as z
         server.update()
+        server_loss = loss.item()
+        del z_in, scores, loss                      # the server needs nothing more of this batch
     with client.working():
         z.backward(channel.receive("down", "gradients").to(z.dtype))    # to here: freed only now
         client.update()
-    return {"server": loss.item()}
+    return {"server": server_loss}
 
 def decoupled_step(client, server, channel, x, y):
     """One batch of decoupled split learning (paper, sec. III): up, and that is all.
@@ -330,7 +332,7 @@ def train_locally(party, x, y):
     for module in party:
         z = module(x)
         loss = F.cross_entropy(module.head(z).float(), y)
-        loss.backward()                             # frees the activations of this module
+        loss.backward()                             # frees this module's activations, all but z
         module.update()
         x = z.detach()                              # no gradient will come back from the next one
     return x, loss.item()
@@ -405,7 +407,7 @@ class Run:
         self.shards = list(zip(*(tensor.tensor_split(config.clients) for tensor in train_set)))
         ends = list(accumulate(math.ceil(len(y) / config.batch_size) for _, y in self.shards))
         self.steps = min(ends[-1], config.max_steps or ends[-1])
-        self.hand_overs = [n for n in ends if config.clients > 1 and n <= self.steps]   # after step
+        self.hand_overs = [n for n in ends if config.clients > 1 and n <= self.steps]
         self.client, self.server = (Party(name, modules, self.ledger) for name, modules
                                     in zip(("client", "server"), cut_network(config)))
         self.state, self.epoch, self.summary = [], 0, None      # these go into a checkpoint
@@ -423,8 +425,6 @@ class Run:
                 part.forward = torch.autocast(device.type, torch.bfloat16)(part.forward)
         if os.path.exists(config.checkpoint):
             self.resume(config.checkpoint)
-        elif config.checkpoint:
-            self.save(config.checkpoint)    # a path that cannot be written is refused at once
 
     def train_epoch(self):
         """One pass over the training set. Returns its figures in the words of --log."""
@@ -439,9 +439,10 @@ class Run:
         start = time.perf_counter()
         for n, (x, y) in zip(range(1, self.steps + 1), stream):
             watched = n == min(LEDGER_STEP, self.steps) and not self.ledger.trace
-            for party in (client, server) if watched else ():
-                static = [[part.state_dict(), part.optimizer.state_dict()] for part in party]
-                self.ledger.add(party.name, static)
+            if watched:
+                for party in (client, server):
+                    static = [(m.state_dict(), m.optimizer.state_dict()) for m in party]
+                    self.ledger.add(party.name, static)
             with self.ledger if watched else nullcontext():
                 losses = step(client, server, self.channel, x, y)
             for name, loss in losses.items():
@@ -631,6 +632,9 @@ def main(argv=None):
         found = [name for name in there if there[name] and config.device in ("auto", name)]
         device = torch.device(found[0]) if found else refuse(f"--device {config.device}: not here")
         write_log(config.log)       # nothing yet: a path that cannot be written is refused at once
+        folder = os.path.dirname(config.checkpoint) or "."
+        if config.checkpoint and not os.access(folder, os.W_OK):
+            refuse(f"--checkpoint {config.checkpoint}: cannot be written; name another path")
         sets = [[tensor.to(device) for tensor in pair] for pair in load(config)]
         if config.clients > (n := len(sets[0][1])):
             refuse(f"--clients {config.clients}: more than the {n} training images")
@@ -638,7 +642,7 @@ def main(argv=None):
         if config.mode == "compare":    # each mode has its own checkpoint: run.backprop.pt
             configs = [replace(config, mode=mode, checkpoint=root and f"{root}.{mode}{end}")
                        for mode in ("backprop", "decoupled")]
-        runs = [Run(config, *sets, device) for config in configs]
+        runs = [Run(config, *sets, device) for config in configs]   # none trains if one is refused
         summaries = [run.train() for run in runs]
         if len(summaries) > 1:
             write_log(config.log, {"event": "compare", **{s["mode"]: s for s in summaries}})
