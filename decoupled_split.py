@@ -421,7 +421,8 @@ class Run:
                 module.schedule = torch.optim.lr_scheduler.OneCycleLR(
                     sgd, config.lr, config.epochs * self.steps, cycle_momentum=False)
             self.state += [module, module.optimizer, module.schedule]
-            for part in filter(None, (module.body, module.head) if config.amp else ()):
+            parts = (module.body, module.head) if config.amp else ()   # forward; losses are float32
+            for part in filter(None, parts):
                 part.forward = torch.autocast(device.type, torch.bfloat16)(part.forward)
         if os.path.exists(config.checkpoint):
             self.resume(config.checkpoint)

@@ -901,6 +901,14 @@ def test_seconds_over_the_link_are_those_of_a_simulation(mode, client, up_bytes,
     relay = 5e6 / 1e7 + 4 * latency / 1e3
     assert ds.link_seconds(config, s, steps, 4) == pytest.approx(oracle + relay, rel=1e-6)
 
+def test_the_next_client_goes_on_with_what_was_received(monkeypatch):
+    run = make("decoupled")
+    train(run)
+    before, decode = [tensor.clone() for tensor in kept(run.client)], run.channel.decode
+    monkeypatch.setattr(run.channel, "decode", lambda *payload: decode(*payload) + 1)
+    ds.hand_over(run.client, run.channel)
+    assert same(kept(run.client), [tensor + 1 for tensor in before])
+
 @pytest.mark.parametrize("clients, waits", [(1, 0), (2, 1), (4, 2)])
 def test_only_the_hand_overs_that_took_place_wait_for_the_link(clients, waits):
     run = make("decoupled", clients=clients, max_steps=2, latency=1e6)      # of 4 batches
@@ -1065,6 +1073,7 @@ BAD = """--depth 21, --depth 2, --depth -4, --client-modules 5, --server-modules
 @pytest.mark.parametrize("argv", [argv.strip() for argv in BAD.split(",")])
 def test_bad_input_is_one_line_that_names_the_option(argv, refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ds.Run, "train", None)      # it must not come to that
     assert argv.split()[0] in refused(*argv.split())
     assert not list(tmp_path.iterdir())
 
