@@ -127,7 +127,7 @@ def resnet_layers(depth, classes):
 def auxiliary_classifier(layers, end, depth, classes):
     """Class scores from z, the output of layers[:end]: `depth` residual blocks, as wide as blocks
     spaced evenly over those that follow (AugLocal, Ma et al. 2024), then a linear layer on what is
-    pooled to 2x2 (1x1 and 4x4 are worse: NOTES.md, sec. 7). With depth 0 or no block to follow: one
+    pooled to 2x2 (1x1 and 4x4 did worse: NOTES.md, sec. 7). With depth 0 or no block to follow: one
     linear layer as in the paper (sec. IV-A), but on z pooled to 4x4: on all of it, it diverges."""
     channels = getattr(layers[end - 1], "c_out", 16)    # of z, from a block or from the stem
     after = [layer.c_out for layer in layers[end:] if isinstance(layer, Block)]
