@@ -633,9 +633,9 @@ def main(argv=None):
         found = [name for name in there if there[name] and config.device in ("auto", name)]
         device = torch.device(found[0]) if found else refuse(f"--device {config.device}: not here")
         write_log(config.log)       # nothing yet: a path that cannot be written is refused at once
-        folder = os.path.dirname(config.checkpoint) or "."
-        if config.checkpoint and not os.access(folder, os.W_OK):
-            refuse(f"--checkpoint {config.checkpoint}: cannot be written; name another path")
+        folder = os.path.dirname(path := config.checkpoint) or "."
+        if path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+            refuse(f"--checkpoint {path}: a file cannot be written there; name another path")
         sets = [[tensor.to(device) for tensor in pair] for pair in load(config)]
         if config.clients > (n := len(sets[0][1])):
             refuse(f"--clients {config.clients}: more than the {n} training images")

@@ -1067,8 +1067,7 @@ BAD = """--depth 21, --depth 2, --depth -4, --client-modules 5, --server-modules
     --seed 99999999999999999999,
     --aux-depth -1, --mode both,
     --cut wide, --wire int4, --dataset mnist, --schedule step, --device tpu, --colour red,
-    --log no/such/folder/log, --log ., --checkpoint no/such/folder/run.pt,
-    --checkpoint . --mode backprop"""
+    --log no/such/folder/log, --log ., --checkpoint no/such/folder/run.pt, --checkpoint ."""
 
 @pytest.mark.parametrize("argv", [argv.strip() for argv in BAD.split(",")])
 def test_bad_input_is_one_line_that_names_the_option(argv, refused, monkeypatch, tmp_path):
