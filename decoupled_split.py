@@ -613,7 +613,7 @@ def parse(argv):
                 {"type": type(default), "choices": allowed if isinstance(allowed, list) else None})
         also = f", synthetic: {SYNTHETIC[f.name]}" if f.name in SYNTHETIC else ""
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['text']} (default: {default}{also})")
+                            help=f"{f.metadata['text']} (default: {str(default) or 'none'}{also})")
     given = vars(parser.parse_args(argv))
     preset = SYNTHETIC if given.get("dataset", "synthetic") == "synthetic" else {}
     config = Config(**{**preset, **given})

@@ -1156,7 +1156,8 @@ def test_every_command_in_the_documents_runs(
         else:
             argv += "--depth 8 --batch-size 8 --max-steps 1 --epochs 1".split()
             assert ds.main(argv) == 0
-        assert "client" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "client" in out and "(default: )" not in out     # what is off says so in --help
 
 def test_the_readme_lists_every_option():
     text = (HERE / "README.md").read_text()
