@@ -19,7 +19,7 @@ come back: half the bytes and no waiting. A host that runs both parties by turns
 the larger one instead of the sum of both. That alone saves at most half; the paper's "up to 58%"
 takes a party that is itself cut into modules with losses of their own (--server-modules).
 Measured for ResNet-110, batch 128, --aux-depth 0, two CPU cores, torch 2.14.1: host peak 1045 MiB
-in backprop, 745 decoupled, 437 with --cut shallow --server-modules 3 (NOTES.md, section 2).
+in backprop, 745 decoupled; with --cut shallow --server-modules 3, 1049 and 437 (NOTES.md, sec. 2).
 The method: "Decoupled Split Learning via Auxiliary Loss" (Zihad et al. 2026, arXiv 2601.19261).
 
     python decoupled_split.py                                      # both modes, synthetic images
@@ -130,7 +130,7 @@ def auxiliary_classifier(layers, end, depth, classes):
     pooled to 2x2 (1x1 and 4x4 did worse: NOTES.md, sec. 7). With depth 0 or no block to follow: one
     linear layer as in the paper (sec. IV-A), but on z pooled to 4x4: on all of it, it diverges."""
     channels = getattr(layers[end - 1], "c_out", 16)    # of z, from a block or from the stem
-    after = [layer.c_out for layer in layers[end:] if isinstance(layer, Block)]
+    after = [layer.c_out for layer in layers[end:] if hasattr(layer, "c_out")]
     n, depth = len(after), min(depth, len(after))
     widths = [channels] + [after[n * i // depth - 1] for i in range(1, depth + 1)]
     blocks = [Block(a, b) for a, b in zip(widths, widths[1:])]
@@ -156,8 +156,8 @@ class LocalModule(nn.Module):
 
 def cut_network(config):
     """The client's and the server's lists of LocalModule. The client has the first ceil(L/4),
-    ceil(L/3) or ceil(L/2) of L layers; N modules are N runs of ceil(n/N) of a party's n layers, or
-    Refusal. Auxiliary weights are drawn last, so both modes start from the same network."""
+    ceil(L/3) or ceil(L/2) of L layers. A party's n layers make N runs of ceil(n/N), the last may be
+    shorter (fewer than N: Refusal). Auxiliary weights are drawn last: both modes start alike."""
     torch.manual_seed(config.seed)
     layers, end, parties = resnet_layers(config.depth, CLASSES[config.dataset]), 0, []
     border = math.ceil(len(layers) / {"shallow": 4, "middle": 3, "deep": 2}[config.cut])
@@ -179,11 +179,11 @@ def cut_network(config):
 
 # ---- 3. Channel: the only way from one party to the other ----------------------------------------
 class Channel:
-    """An in-process wire that detaches, encodes and counts. `send` puts a tensor on it, `receive`
-    takes the oldest of a direction and kind off, as a tensor that shares neither storage nor graph
-    with it. `wire` encodes activations and gradients: float32, bfloat16, or uint8 with an offset
-    and a scale per channel (dim 1), sent and counted too. For a real network override `push` and
-    `pull`."""
+    """An in-process wire that detaches, encodes and counts. `send` queues a tensor by direction and
+    kind, each with a counter in `reset`; `receive` takes the oldest one off, with a storage of its
+    own and no graph. (Until then a payload that needs no encoding is the sender's own storage.)
+    `wire` encodes activations and gradients: float32, bfloat16, or uint8 with an offset and a scale
+    per channel (dim 1), sent and counted too. For a real network override `push` and `pull`."""
     def __init__(self, wire="float32", classes=10):
         labels = next(t for t in (torch.uint8, torch.uint16, torch.uint32)
                       if classes - 1 <= torch.iinfo(t).max)
@@ -228,11 +228,11 @@ class Channel:
 
 # ---- 4. Memory: a ledger of live tensor storages, charged to the party that made them ------------
 class Ledger(TorchDispatchMode):
-    """Live bytes per party after every operator, exact for what it counts. While entered it sees
-    every tensor that an operator returns. A storage counts once, however many views it has, until
-    it is freed. Counted: activations, gradients, temporaries, weights, buffers and momentum (those
-    from before it was entered: by `add`). Not counted: the data set and the batch drawn from it, an
-    operator's private scratch, the allocator's rounding and reserve, the interpreter."""
+    """Live bytes per party, operator by operator. While entered, and `party` is "client" or
+    "server" (Party.working sets it), it sees every tensor that an operator returns. A storage
+    counts once, however many views it has, until it is freed. Counted: activations, gradients,
+    temporaries, weights, buffers and momentum (older ones: by `add`). Not counted: the data set and
+    the batch drawn from it, an operator's scratch, the allocator's reserve, the interpreter."""
     def __init__(self):
         super().__init__()
         self.party, self.live, self.known = None, Counter(), weakref.WeakSet()
@@ -256,14 +256,14 @@ class Ledger(TorchDispatchMode):
         return result
 
     def figures(self, width=60):
-        """Bytes in what was watched: each party's peak, that of both on one host, what the client
-        held when the server was done; and a picture: each party's peaks in `width` equal runs of
-        operators."""
+        """Bytes, once both parties have worked: each party's peak, that of both on one host, what
+        the client held at the server's last operator; and a picture: each party's peaks in `width`
+        equal runs of operators."""
         who, client, server = zip(*self.trace)
         cuts = [len(who) * i // width for i in range(width + 1)]
         return {"client_peak": max(client), "server_peak": max(server),
                 "host_peak": max(map(sum, zip(client, server))),
-                "client_held": [c for w, c in zip(who, client) if w == "server"][-1],
+                "client_held": dict(zip(who, client))["server"],
                 "picture": [[max(live[a:max(b, a + 1)]) for a, b in zip(cuts, cuts[1:])]
                             for live in (client, server)]}
 
@@ -294,7 +294,7 @@ def backprop_step(client, server, channel, x, y):
     """One batch of conventional split learning (Gupta & Raskar 2018): up, a wait, and down again.
     x: (B, 3, H, W) images, y: (B,) labels, both the client's. Returns the loss by party."""
     with client.working():
-        z = client(x)       # (B, C, H', W'), say (128, 32, 16, 16); its graph is kept from here
+        z = client(x)       # (B, C, H', W'), say (128, 32, 16, 16); the client's activations stay
         channel.send(z, "up", "activations")
         channel.send(y, "up", "labels")
     with server.working():                          # and all this time the client can only wait
@@ -307,7 +307,7 @@ def backprop_step(client, server, channel, x, y):
         server_loss = loss.item()
         del z_in, scores, loss                      # the server needs nothing more of this batch
     with client.working():
-        z.backward(channel.receive("down", "gradients").to(z.dtype))    # to here: freed only now
+        z.backward(channel.receive("down", "gradients").to(z.dtype))    # and are freed only here
         client.update()
     return {"server": server_loss}
 
@@ -315,10 +315,10 @@ def decoupled_step(client, server, channel, x, y):
     """One batch of decoupled split learning (paper, sec. III): up, and that is all.
     x: (B, 3, H, W) images, y: (B,) labels, both the client's. Returns the loss by party."""
     with client.working():
-        z, client_loss = train_locally(client, x, y)        # the client's activations are freed,
-        channel.send(z, "up", "activations")                # all but z (B, C, H', W')
+        z, client_loss = train_locally(client, x, y)    # only z (B, C, H', W') is left of the batch
+        channel.send(z, "up", "activations")
         channel.send(y, "up", "labels")
-        del z                                               # which goes when it is received
+        del z                           # the channel has the last reference: freed when received
     with server.working():              # on two machines the client may begin its next batch now
         z_in, y_in = channel.receive("up", "activations"), channel.receive("up", "labels")
         _, server_loss = train_locally(server, z_in, y_in)  # dL/dz is neither computed nor sent
@@ -421,9 +421,9 @@ class Run:
                 module.schedule = torch.optim.lr_scheduler.OneCycleLR(
                     sgd, config.lr, config.epochs * self.steps, cycle_momentum=False)
             self.state += [module, module.optimizer, module.schedule]
-            parts = (module.body, module.head) if config.amp else ()   # forward; losses are float32
-            for part in filter(None, parts):
-                part.forward = torch.autocast(device.type, torch.bfloat16)(part.forward)
+            if config.amp:          # the forward passes are in bfloat16, the losses in float32
+                for part in filter(None, (module.body, module.head)):
+                    part.forward = torch.autocast(device.type, torch.bfloat16)(part.forward)
         if os.path.exists(config.checkpoint):
             self.resume(config.checkpoint)
 
@@ -484,8 +484,7 @@ class Run:
             self.epoch += 1
             if config.checkpoint:
                 self.save(config.checkpoint)
-            epoch = {"event": "epoch", "mode": config.mode, "epoch": self.epoch}
-            write_log(config.log, {**epoch, **s})
+            write_log(config.log, {"event": "epoch", "mode": config.mode, "epoch": self.epoch, **s})
             aux = f" (auxiliary {s['aux_accuracy']:.2%})" if s["aux_accuracy"] is not None else ""
             say(f"{config.mode} epoch {self.epoch}/{config.epochs} loss {s['train_loss']:.3f} "
                 f"test {s['test_accuracy']:.2%}{aux} {s['images_per_second']:.0f} images/s")
@@ -548,11 +547,12 @@ def link_seconds(config, s, steps, hand_overs):
     Decoupled is a pipeline of client, link and server: the slowest of the three sets the pace."""
     up, down, relay = (8 * sum(s["bytes"][direction].values()) / (config.bandwidth * 1e6)
                        for direction in ("up", "down", "relay"))
-    stages, latency = (s["seconds"]["client"], up, s["seconds"]["server"]), config.latency / 1e3
+    client, server, latency = s["seconds"]["client"], s["seconds"]["server"], config.latency / 1e3
+    once, slowest = client + up + server, max(client, up, server)
     relay += latency * hand_overs
     if config.mode == "backprop":
-        return sum(stages) + down + 2 * steps * latency + relay
-    return max(stages) + (sum(stages) - max(stages)) / steps + latency + relay
+        return once + down + 2 * steps * latency + relay
+    return slowest + (once - slowest) / steps + latency + relay
 
 # ---- 8. Report: progress, log, table, picture ----------------------------------------------------
 def say(line, passing=False):

@@ -151,6 +151,14 @@ def test_auxiliary_blocks_take_their_widths_from_the_blocks_that_follow(depth, w
     pooled = F.avg_pool2d(blocks(z.clone()), 4)                 # (2, 64, 8, 8) -> (2, 64, 2, 2)
     torch.testing.assert_close(head(z), pooled.reshape(2, 256) @ linear.weight.t() + linear.bias)
 
+def test_auxiliary_widths_come_from_any_layer_that_says_c_out():
+    class Wide(torch.nn.Conv2d):        # another network's layers: no Block among them
+        c_out = 24
+    layers = [torch.nn.Conv2d(3, 12, 3), Wide(12, 24, 3), ds.classifier(24, 1, 10)]
+    layers[0].c_out = 12
+    blocks = [b for b in ds.auxiliary_classifier(layers, 1, 1, 10) if isinstance(b, ds.Block)]
+    assert [(b.conv1.in_channels, b.c_out) for b in blocks] == [(12, 24)]
+
 def test_auxiliary_depth_0_is_one_linear_layer_on_z_pooled_to_4x4():
     head = ds.auxiliary_classifier(ds.resnet_layers(20, 10), 7, 0, 10)
     z = torch.randn(2, 32, 16, 16)
