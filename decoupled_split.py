@@ -17,7 +17,7 @@ the rest. The client sends the activations at the cut layer (the "smashed data" 
 The decoupled client learns from the loss of a small auxiliary classifier on z, so nothing has to
 come back: half the bytes and no waiting. A host that runs both parties by turns needs memory for
 the larger one instead of the sum of both. That alone saves at most half; the paper's "up to 58%"
-takes a party that is itself cut into modules with losses of their own (--server-modules).
+takes a party cut into modules with losses of their own (--client-modules, --server-modules).
 Measured for ResNet-110, batch 128, --aux-depth 0, two CPU cores, torch 2.14.1: host peak 1045 MiB
 in backprop, 745 decoupled; with --cut shallow --server-modules 3, 1049 and 437 (NOTES.md, sec. 2).
 The method: "Decoupled Split Learning via Auxiliary Loss" (Zihad et al. 2026, arXiv 2601.19261).
