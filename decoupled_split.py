@@ -37,7 +37,7 @@ import time
 import weakref
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate
 
@@ -46,7 +46,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 
 # ---- 1. Config: every knob once; the command line is made from it --------------------------------
@@ -68,12 +67,10 @@ class Config:
     aux_depth: int = knob(1, "residual blocks in an auxiliary classifier, before a linear layer", 0)
     wire: str = knob("float32", "encoding of z and dL/dz", ["float32", "bfloat16", "uint8"])
     clients: int = knob(1, "clients with equal shards of the set, visited in turn", 1)
-    shard_by_label: bool = knob(False, "sort the set by label before sharding: the hard case")
     epochs: int = knob(10, "passes over the training set", 1)
-    batch_size: int = knob(128, "images a batch; the last one may be smaller", 1)
+    batch_size: int = knob(128, "images a batch at most; batches are equal, or differ by one", 1)
     lr: float = knob(0.2, "peak learning rate, the same for every module", 1e-9)
     weight_decay: float = knob(5e-4, "L2 penalty", 0)
-    schedule: str = knob("onecycle", "learning rate over time", ["onecycle", "constant"])
     amp: bool = knob(False, "bfloat16 autocast: faster where the hardware has it")
     seed: int = knob(0, "of weights, batches, augmentation and synthetic images", 0)
     device: str = knob("auto", "auto: the first there is", ["auto", "cuda", "mps", "cpu"])
@@ -83,10 +80,9 @@ class Config:
     checkpoint: str = knob("", "file written after each epoch, and gone on from if it exists")
     log: str = knob("", "file to append JSON lines to: one an epoch, a summary a mode")
 
-SYNTHETIC = {"depth": 8, "aux_depth": 2, "epochs": 4, "batch_size": 64, "lr": 0.1}
+SYNTHETIC = {"epochs": 4, "batch_size": 32, "lr": 0.1}
 CLASSES = {"synthetic": 10, "cifar10": 10, "cifar100": 100}
 FREE_ON_RESUME = ("device", "data_dir", "checkpoint", "log", "bandwidth", "latency")  # may change
-LEDGER_STEP = 2     # the one step that the ledger watches: from here on there is momentum
 
 class Refusal(Exception):
     """What the user can mend: main() prints it as one line on stderr and exits with code 2."""
@@ -184,20 +180,20 @@ class Channel:
     own and no graph. (Until then a payload that needs no encoding is the sender's own storage.)
     `wire` encodes activations and gradients: float32, bfloat16, or uint8 with an offset and a scale
     per channel (dim 1), sent and counted too. For a real network override `push` and `pull`."""
-    def __init__(self, wire="float32", classes=10):
-        labels = next(t for t in (torch.uint8, torch.uint16, torch.uint32)
-                      if classes - 1 <= torch.iinfo(t).max)
+    def __init__(self, wire="float32"):
         floats = getattr(torch, wire)
-        self.types = {"labels": labels, "activations": floats, "gradients": floats}
+        self.types = {"labels": torch.uint8, "activations": floats, "gradients": floats}
         self.queues = {}
         self.reset()
 
     def reset(self):
         self.bytes = {"up": {"activations": 0, "labels": 0}, "down": {"gradients": 0},
-                      "relay": {"weights": 0, "optimizer": 0},      # from one client to the next
+                      "relay": {"weights": 0},          # from one client to the next
                       "evaluation": {"activations": 0}}             # up too, of test images
 
     def send(self, tensor, direction, kind):
+        if kind == "labels" and tensor.max() > 255:
+            raise ValueError("a label takes one byte: at most 256 classes")
         payload = self.encode(tensor.detach(), self.types.get(kind, tensor.dtype))
         self.bytes[direction][kind] += sum(t.numel() * t.element_size() for t in payload)
         self.push(payload, direction, kind)
@@ -299,13 +295,14 @@ def backprop_step(client, server, channel, x, y):
         channel.send(y, "up", "labels")
     with server.working():                          # and all this time the client can only wait
         z_in = channel.receive("up", "activations").requires_grad_()    # so that dL/dz is computed
-        scores = server[-1].head(server(z_in))      # (B, classes)
-        loss = F.cross_entropy(scores.float(), channel.receive("up", "labels"))
+        y_in = channel.receive("up", "labels")
+        scores = server[-1].head(server(z_in)).float()      # (B, classes)
+        loss = F.cross_entropy(scores, y_in)
         loss.backward()
         channel.send(z_in.grad, "down", "gradients")    # as large as z
         server.update()
         server_loss = loss.item()
-        del z_in, scores, loss                      # the server needs nothing more of this batch
+        del z_in, y_in, scores, loss                # the server needs nothing more of this batch
     with client.working():
         z.backward(channel.receive("down", "gradients").to(z.dtype))    # and are freed only here
         client.update()
@@ -341,10 +338,10 @@ def hand_over(client, channel):
     """The client's part travels to the next client: weights and buffers, and momentum. (One Party
     stands for all clients, one at a time, so it is copied onto itself.)"""
     for module in client:
-        for kind, part in (("weights", module), ("optimizer", module.optimizer)):
+        for part in (module, module.optimizer):
             for tensor in filter(torch.is_tensor, tree_leaves(part.state_dict())):
-                channel.send(tensor, "relay", kind)
-                tensor.copy_(channel.receive("relay", kind))
+                channel.send(tensor, "relay", "weights")
+                tensor.copy_(channel.receive("relay", "weights"))
 
 # ---- 6. Data: the set is one uint8 tensor, batches are made by tensor operations -----------------
 def load(config):
@@ -360,23 +357,25 @@ def load(config):
                    f"put {source.url} there, or try --dataset synthetic ({error})")
         sets = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
                 for part in parts]
-    if config.shard_by_label:
-        sets[0] = [tensor[sets[0][1].argsort(stable=True)] for tensor in sets[0]]
     return sets
 
-def synthetic(seed, sizes=(6000, 1000)):
-    """10 classes: a small pattern each, positive or negative, anywhere in front of clutter. On
-    average a pixel says nothing about the class, so a linear model on pixels finds little."""
+def synthetic(seed, sizes=(2560, 1000)):
+    """10 classes: a grey pattern each, bright or dark, anywhere in front of clutter that has colour
+    but no brightness, under noise. On average a pixel says nothing about the class, so a linear
+    model on pixels finds little; one trained convolution removes most of clutter and noise."""
     g = torch.Generator().manual_seed(seed)
-    def smooth(n, cells, pixels):
-        noise = torch.randn(n, 3, cells, cells, generator=g)
+    def smooth(n, channels, cells, pixels):
+        noise = torch.randn(n, channels, cells, cells, generator=g)
         return F.interpolate(noise, pixels, mode="bicubic")
-    patterns, sets = F.pad(smooth(10, 4, 16), (16, 16, 16, 16)), []
+    patterns, sets = F.pad(smooth(10, 1, 4, 16), (16, 16, 16, 16)), []
     for n in sizes:
         labels = torch.randint(10, (n,), generator=g)
         sign = 2 * torch.randint(2, (n, 1, 1, 1), generator=g) - 1
-        images = 1.2 * sign * crop(patterns[labels], *torch.randint(17, (2, n), generator=g))
-        images = (images + smooth(n, 8, 32)) * 32 + 128
+        pattern = sign * crop(patterns[labels], *torch.randint(17, (2, n), generator=g))
+        clutter = smooth(n, 3, 8, 32)
+        clutter = clutter - clutter.mean(1, keepdim=True)
+        noise = torch.randn(n, 3, 32, 32, generator=g)
+        images = 20 * (1.5 * pattern + 3 * clutter + 0.7 * noise) + 128
         sets.append((images.clamp(0, 255).to(torch.uint8), labels))
     return sets
 
@@ -389,12 +388,12 @@ def batches(images, labels, size, g=None):
     """Yield x (B, 3, 32, 32) float32 and y (B,). With a generator g: shuffled, and of each image
     padded with 4 black pixels a random 32x32 crop, flipped with probability 1/2."""
     order = torch.randperm(len(labels), generator=g) if g else torch.arange(len(labels))
-    for index in order.split(size):
+    for index in order.tensor_split(math.ceil(len(order) / size)):   # sizes differ by one at most
         x, y = images[index], labels[index]
         if g:
             x = crop(F.pad(x, (4, 4, 4, 4)), *torch.randint(9, (2, len(y)), generator=g))
-            flip = torch.rand(len(y), generator=g) < 0.5
-            x[flip] = x[flip].flip(3)
+            flip = torch.rand(len(y), 1, 1, 1, generator=g) < 0.5
+            x = torch.where(flip.to(x.device), x.flip(3), x)
         yield (x.float() - 128) / 64, y     # BatchNorm needs no finer scaling
 
 # ---- 7. Training: one loop for both modes --------------------------------------------------------
@@ -403,7 +402,7 @@ class Run:
     the checkpoint, if there is one)."""
     def __init__(self, config, train_set, test_set, device):
         self.config, self.test_set, self.device = config, test_set, device
-        self.channel, self.ledger = Channel(config.wire, CLASSES[config.dataset]), Ledger()
+        self.channel, self.ledger = Channel(config.wire), Ledger()
         self.shards = list(zip(*(tensor.tensor_split(config.clients) for tensor in train_set)))
         ends = list(accumulate(math.ceil(len(y) / config.batch_size) for _, y in self.shards))
         self.steps = min(ends[-1], config.max_steps or ends[-1])
@@ -416,10 +415,8 @@ class Run:
             weights = {"params": list(module.parameters())}     # a lone ReLU has none
             sgd = torch.optim.SGD([weights], config.lr, momentum=0.9, nesterov=True,
                                   weight_decay=config.weight_decay)
-            module.optimizer, module.schedule = sgd, torch.optim.lr_scheduler.ConstantLR(sgd, 1.0)
-            if config.schedule == "onecycle":
-                module.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                    sgd, config.lr, config.epochs * self.steps, cycle_momentum=False)
+            module.optimizer, module.schedule = sgd, torch.optim.lr_scheduler.OneCycleLR(
+                sgd, config.lr, config.epochs * self.steps, cycle_momentum=False)
             self.state += [module, module.optimizer, module.schedule]
             if config.amp:          # the forward passes are in bfloat16, the losses in float32
                 for part in filter(None, (module.body, module.head)):
@@ -439,13 +436,7 @@ class Run:
         client.seconds = server.seconds = total = seen = 0
         start = time.perf_counter()
         for n, (x, y) in zip(range(1, self.steps + 1), stream):
-            watched = n == min(LEDGER_STEP, self.steps) and not self.ledger.trace
-            if watched:
-                for party in (client, server):
-                    static = [(m.state_dict(), m.optimizer.state_dict()) for m in party]
-                    self.ledger.add(party.name, static)
-            with self.ledger if watched else nullcontext():
-                losses = step(client, server, self.channel, x, y)
+            losses = step(client, server, self.channel, x, y)
             for name, loss in losses.items():
                 if not math.isfinite(loss):
                     refuse(f"the {name}'s loss is {loss} in epoch {epoch + 1}, step {n}: try a "
@@ -459,7 +450,6 @@ class Run:
                 f"{seen / seconds:.0f} images/s {left:.1f} min left", passing=True)
         return {"train_loss": total / seen, "images_per_second": seen / seconds,
                 "bytes": self.channel.bytes,    # the live counters: evaluate() adds to them
-                "memory": self.ledger.figures(),
                 "seconds": {"epoch": seconds, "client": client.seconds, "server": server.seconds}}
 
     @torch.no_grad()
@@ -470,7 +460,11 @@ class Run:
             z = client(x)
             self.channel.send(z, "evaluation", "activations")
             features = server(self.channel.receive("evaluation", "activations"))
-            right += (server[-1].head(features).argmax(1) == y).sum().item()
+            scores = server[-1].head(features)
+            if not scores.isfinite().all():
+                refuse(f"the scores of epoch {self.epoch + 1} are not finite: try a lower --lr than "
+                       f"{self.config.lr:g}")
+            right += (scores.argmax(1) == y).sum().item()
             if client[-1].head:
                 aux += (client[-1].head(z).argmax(1) == y).sum().item()
         n = len(self.test_set[1])
@@ -479,8 +473,9 @@ class Run:
     def train(self):
         """Train to the last epoch. Returns the summary."""
         config = self.config
+        memory = measure_memory(config, self.device, self.shards[0])
         while self.epoch < config.epochs:
-            s = self.summary = {**self.train_epoch(), **self.evaluate()}
+            s = self.summary = {**self.train_epoch(), "memory": memory, **self.evaluate()}
             self.epoch += 1
             if config.checkpoint:
                 self.save(config.checkpoint)
@@ -490,7 +485,6 @@ class Run:
                 f"test {s['test_accuracy']:.2%}{aux} {s['images_per_second']:.0f} images/s")
         summary = {"event": "summary", **asdict(config), "device": str(self.device),
                    "torch": str(torch.__version__), **self.summary}
-        summary["gflop"] = gflop(self.client, self.server)
         summary["seconds"]["link_epoch"] = link_seconds(
             config, summary, self.steps, len(self.hand_overs))
         write_log(config.log, summary)
@@ -527,20 +521,20 @@ class Run:
             refuse(f"--checkpoint {path}: of a run with --{other[0].replace('_', '-')} "
                    f"{theirs.get(other[0])}, not {mine[other[0]]}; use another path")
 
-@torch.no_grad()
-def gflop(client, server):
-    """GFLOP an image, forward (a training step is about three times that): the client's bodies, its
-    auxiliary classifiers, all of the server. A multiply-add counts as two."""
-    x, count = torch.zeros(1, 3, 32, 32, device=next(client.parameters()).device), Counter()
-    for party, aux in ((client, "aux"), (server, "server")):
-        for module in party.eval():
-            with FlopCounterMode(display=False) as body:
-                x = module(x)
-            with FlopCounterMode(display=False) as head:
-                module.head and module.head(x)
-            count[party.name] += body.get_total_flops() / 1e9
-            count[aux] += head.get_total_flops() / 1e9
-    return {name: count[name] for name in ("client", "aux", "server")}
+def measure_memory(config, device, images):
+    """Bytes of one training step, on parties of their own and a batch of exactly --batch-size
+    images: one step unwatched, then there is momentum, and one under the ledger."""
+    index = torch.arange(config.batch_size) % len(images[1])
+    run = Run(replace(config, checkpoint="", clients=1, epochs=2), images, None, device)
+    step = {"backprop": backprop_step, "decoupled": decoupled_step}[config.mode]
+    x, y = next(batches(images[0][index], images[1][index], config.batch_size))
+    step(run.client, run.server, run.channel, x, y)
+    for party in (run.client, run.server):
+        static = [(m.state_dict(), m.optimizer.state_dict()) for m in party]
+        run.ledger.add(party.name, static)
+    with run.ledger:
+        step(run.client, run.server, run.channel, x, y)
+    return run.ledger.figures()
 
 def link_seconds(config, s, steps, hand_overs):
     """Seconds of an epoch over the link. Backprop is a chain: each batch waits for its gradient.
@@ -575,7 +569,7 @@ def report(summaries):
     columns = []
     for s in summaries:
         up, down, relay = (sum(s["bytes"][way].values()) / 1e6 for way in ("up", "down", "relay"))
-        memory, clock, flops, aux = s["memory"], s["seconds"], s["gflop"], s["aux_accuracy"]
+        memory, clock, aux = s["memory"], s["seconds"], s["aux_accuracy"]
         columns.append({
             "test accuracy, %": 100 * s["test_accuracy"],
             "auxiliary accuracy, %": 100 * (math.nan if aux is None else aux),
@@ -585,8 +579,8 @@ def report(summaries):
             "server peak, MiB": memory["server_peak"] / 2**20,
             "peak of both on one host, MiB": memory["host_peak"] / 2**20,
             "client while the server works, MiB": memory["client_held"] / 2**20,
-            "client, MFLOP an image": 1e3 * (flops["client"] + flops["aux"]),
-            "server, MFLOP an image": 1e3 * flops["server"],
+            "client, seconds an epoch": clock["client"],
+            "server, seconds an epoch": clock["server"],
             "seconds an epoch": clock["epoch"], "seconds over the link": clock["link_epoch"]})
     compare = len(columns) > 1
     print(" " * 36 + "".join(f"{s['mode']:>12}" for s in summaries) + "      change" * compare)
@@ -609,7 +603,7 @@ def parse(argv):
     parser.error = refuse
     for f in fields(Config):
         allowed, default = f.metadata["allowed"], f.default
-        kind = ({"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else
+        kind = ({"action": "store_true"} if isinstance(default, bool) else
                 {"type": type(default), "choices": allowed if isinstance(allowed, list) else None})
         also = f", synthetic: {SYNTHETIC[f.name]}" if f.name in SYNTHETIC else ""
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,

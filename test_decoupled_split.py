@@ -44,8 +44,12 @@ MODULES = [("deep", 1, 1), ("middle", 1, 1), ("shallow", 1, 1), ("deep", 3, 2), 
            ("shallow", 2, 3)]
 
 def make(mode, sets=(TRAIN, TEST), **changes):
-    config = {"depth": 8, "batch_size": 16, "epochs": 1, "lr": 0.05, "schedule": "constant"}
-    return ds.Run(ds.Config(**{**config, "mode": mode, **changes}), *sets, CPU)
+    config = {"depth": 8, "batch_size": 16, "epochs": 1, "lr": 0.05}
+    run = ds.Run(ds.Config(**{**config, "mode": mode, **changes}), *sets, CPU)
+    for m in [*run.client, *run.server]:        # the full rate from the first step on
+        m.schedule = torch.optim.lr_scheduler.ConstantLR(m.optimizer, 1.0)
+        m.optimizer.param_groups[0]["lr"] = run.config.lr
+    return run
 
 def train(run, batches=BATCHES[:3]):
     return [STEP[run.config.mode](*parties(run), run.channel, x, y) for x, y in batches]
@@ -73,7 +77,7 @@ def uncut(depth, seed=0):
 
 @pytest.fixture
 def small(monkeypatch):
-    """64 synthetic images instead of 6000."""
+    """64 synthetic images instead of 2560."""
     whole = ds.synthetic
     monkeypatch.setattr(ds, "synthetic", lambda seed: whole(seed, (64, 32)))
 
@@ -306,7 +310,7 @@ def test_amp_computes_in_bfloat16_on_float32_weights(mode):
 @pytest.mark.parametrize("wire", ["float32", "uint8"])
 def test_the_parts_train_a_model_that_is_no_resnet(mode, wire):
     torch.manual_seed(0)
-    x, ledger, channel = torch.randn(64, 8), ds.Ledger(), ds.Channel(wire, 3)
+    x, ledger, channel = torch.randn(64, 8), ds.Ledger(), ds.Channel(wire)
     y = (x @ torch.randn(8, 3)).argmax(1)
     head = nn.Linear(16, 3) if mode == "decoupled" else None
     parts = [ds.LocalModule([nn.Linear(8, 16), nn.ReLU()], head),
@@ -329,13 +333,12 @@ Z = torch.randn(5, 3, 4, 2)     # 120 numbers
     ("uint8", "up", "activations", Z, 10, 120 + 3 * 8), ("uint8", "down", "gradients", Z, 10, 144),
     ("uint8", "evaluation", "activations", Z, 10, 144), ("float32", "up", "labels", None, 10, 5),
     ("uint8", "up", "labels", None, 100, 5), ("bfloat16", "up", "labels", None, 256, 5),
-    ("float32", "up", "labels", None, 257, 10), ("uint8", "up", "labels", None, 70_000, 20),
     ("uint8", "relay", "weights", Z, 10, 480),
-    ("bfloat16", "relay", "optimizer", Z, 10, 480)])
+    ("bfloat16", "relay", "weights", Z, 10, 480)])
 def test_channel_counts_encoded_bytes_and_shares_nothing(
         wire, direction, kind, tensor, classes, count):
     source = torch.arange(5) + classes - 5 if tensor is None else tensor.clone()
-    copy_, channel = source.clone(), ds.Channel(wire, classes)
+    copy_, channel = source.clone(), ds.Channel(wire)
     sent = source.requires_grad_() * 1 if source.is_floating_point() else source
     for n in (1, 2):
         channel.send(sent, direction, kind)
@@ -344,13 +347,17 @@ def test_channel_counts_encoded_bytes_and_shares_nothing(
     out = channel.receive(direction, kind)
     assert out.shape == source.shape and out.grad_fn is None and not out.requires_grad
     assert out.dtype == (torch.int64 if kind == "labels" else tensor.dtype)
-    if wire == "float32" or kind in ("labels", "weights", "optimizer"):
+    if wire == "float32" or kind in ("labels", "weights"):
         assert torch.equal(out, copy_)
     out.fill_(77)
     assert torch.equal(sent, copy_) and torch.equal(source, copy_)
     assert not (channel.receive(direction, kind) == 77).all()
     channel.reset()
     assert not any(sum(kinds.values()) for kinds in channel.bytes.values())
+
+def test_a_label_that_needs_more_than_one_byte_is_an_error():
+    with pytest.raises(ValueError, match="256 classes"):
+        ds.Channel().send(torch.tensor([3, 256]), "up", "labels")
 
 def test_bfloat16_wire_rounds_as_torch_does():
     channel = ds.Channel("bfloat16")
@@ -394,7 +401,7 @@ def test_an_epoch_of_cifar_counts_1638400000_bytes_up_and_twice_that_in_backprop
     assert tiny == 409_600_000 + 391 * 32 * 2 * 4 + 50_000 <= 0.126 * (2 * 1_638_400_000 + 50_000)
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_counts_the_bytes_of_an_epoch_with_its_partial_batch(mode):
+def test_a_run_counts_the_bytes_of_an_epoch_whose_batches_differ_by_one(mode):
     run = make(mode, [(TRAIN[0][:50], TRAIN[1][:50]), TEST])
     for _ in range(2):      # counts are those of one epoch
         got = run.train_epoch()["bytes"]
@@ -403,7 +410,7 @@ def test_a_run_counts_the_bytes_of_an_epoch_with_its_partial_batch(mode):
         assert got["up"] == {"activations": z, "labels": 50}
         assert got["down"] == {"gradients": z if mode == "backprop" else 0}
         assert got["evaluation"] == {"activations": 4 * 32 * 16 * 32 * 32}
-        assert got["relay"] == {"weights": 0, "optimizer": 0}
+        assert got["relay"] == {"weights": 0}
 
 # ---- two real processes over a socket -----------------------------------------------------------
 CASES = [("backprop", "float32"), ("decoupled", "float32"), ("backprop", "uint8"),
@@ -681,7 +688,7 @@ def test_batches_hold_every_image_once_and_differ_by_seed_alone():
         g = torch.Generator().manual_seed(seed)
         return list(ds.batches(TRAIN[0][:50], labels, 16, g))
     a, b, c = epoch(1), epoch(1), epoch(2)
-    assert [len(y) for _, y in a] == [16, 16, 16, 2]
+    assert [len(y) for _, y in a] == [13, 13, 12, 12]
     for stream in (a, c):
         order = torch.cat([y for _, y in stream])
         assert order.sort().values.tolist() == list(range(50)) != order.tolist()
@@ -700,7 +707,7 @@ def test_both_modes_see_the_same_stream_and_another_one_in_each_epoch(monkeypatc
             run.train_epoch()
     for epoch in (0, 1):
         a, b = seen["backprop", epoch], seen["decoupled", epoch]
-        assert [len(y) for _, y in a] == [16, 16, 8] and all(same(p, q) for p, q in zip(a, b))
+        assert [len(y) for _, y in a] == [14, 13, 13] and all(same(p, q) for p, q in zip(a, b))
     assert not any(same(p, q) for p, q in zip(seen["backprop", 0], seen["backprop", 1]))
 
 def test_synthetic_images_depend_on_the_seed_alone():
@@ -709,6 +716,13 @@ def test_synthetic_images_depend_on_the_seed_alone():
         assert x.shape == (n, 3, 32, 32) and x.dtype == torch.uint8 and y.dtype == torch.int64
         assert torch.equal(x, x2) and torch.equal(y, y2) and not torch.equal(x, x3)
     assert not torch.equal(a[0][0][:20], a[1][0])       # the test images are others
+
+@pytest.mark.parametrize("n, size, sizes", [(50, 16, [13, 13, 12, 12]), (5000, 128, [125] * 40),
+                                            (7, 8, [7]), (9, 8, [5, 4]), (3, 1, [1, 1, 1])])
+def test_batches_are_equal_or_differ_by_one(n, size, sizes):
+    images, labels = torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.arange(n)
+    for g in (None, torch.Generator()):
+        assert [len(y) for _, y in ds.batches(images, labels, size, g)] == sizes
 
 def test_a_linear_model_finds_little_in_the_synthetic_images():
     (x, y), (x_test, y_test) = [((x.flatten(1).float() - 128) / 64, y) for x, y in ds.synthetic(0)]
@@ -722,7 +736,7 @@ def test_a_linear_model_finds_little_in_the_synthetic_images():
             loss.backward()
             adam.step()
     assert (model(x).argmax(1) == y).float().mean() > 0.3      # it has learned what it can
-    assert (model(x_test).argmax(1) == y_test).float().mean() < 0.6
+    assert (model(x_test).argmax(1) == y_test).float().mean() < 0.3
 
 def write_cifar(folder, name, monkeypatch, packed):
     """A few random images laid out as the official archive. Returns what must be loaded."""
@@ -809,10 +823,26 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode():
     assert torch.equal(torch.cat(seen), x)      # as they are, in their order
     assert same(weights(*parties(run)), before)
     assert run.channel.bytes == {"up": {"activations": 0, "labels": 0}, "down": {"gradients": 0},
-                                 "relay": {"weights": 0, "optimizer": 0},
+                                 "relay": {"weights": 0},
                                  "evaluation": {"activations": 250 * 16 * 32 * 32 * 4}}
     run.train_epoch()
     assert all(m.training for party in parties(run) for m in party.modules())
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_that_are_not_finite_stop_the_run(mode):
+    run = make(mode)
+    run.server[-1].head[-1].bias.data[3] = math.nan
+    with pytest.raises(ds.Refusal, match="not finite.*--lr"):
+        run.evaluate()
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_is_measured_on_a_full_batch_and_leaves_the_run_alone(mode):
+    small = make(mode, [(TRAIN[0][:10], TRAIN[1][:10]), TEST])     # 10 images, batches of 16
+    before = weights(*parties(small))
+    memory = ds.measure_memory(small.config, CPU, small.shards[0])
+    run = make(mode)
+    assert memory == watched_step(run, BATCHES[0])[1]
+    assert same(before, weights(*parties(small)))
 
 def test_backprop_has_no_auxiliary_accuracy():
     assert make("backprop").evaluate()["aux_accuracy"] is None
@@ -830,10 +860,8 @@ def test_the_client_part_travels_after_every_shard(mode, monkeypatch):
                for n in range(3) for i in (0, 1))
     total = run.train_epoch()["bytes"]["relay"]
     client = run.client
-    once = {"weights": size(client.state_dict().values()), "optimizer": size(client.parameters())}
-    assert [{k: n // once[k] for k, n in r.items()} for r in [*relay, total]] == [
-        {"weights": n, "optimizer": n} for n in [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]]
-    assert total == {k: 3 * n for k, n in once.items()}
+    once = size(client.state_dict().values()) + size(client.parameters())     # and momentum
+    assert [r["weights"] / once for r in [*relay, total]] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
 
 @pytest.mark.parametrize("wire", ["float32", "uint8"])
 def test_a_hand_over_changes_no_bit(wire):
@@ -846,16 +874,9 @@ def test_a_hand_over_changes_no_bit(wire):
     assert same(before, kept(party))
     assert sum(run.channel.bytes["up"].values()) == sent and len(before) > len(weights(party))
 
-def test_shard_by_label_gives_each_client_a_run_of_the_sorted_labels(small):
-    config = ds.parse(["--shard-by-label", "--clients", "4"])
-    train_set, test_set = ds.load(config)
-    assert train_set[1].tolist() == sorted(TRAIN[1].tolist()) and torch.equal(test_set[1], TEST[1])
-    pairs = [sorted(zip(y.tolist(), x.flatten(1).tolist())) for x, y in (train_set, TRAIN)]
-    assert pairs[0] == pairs[1]
-
-@pytest.mark.parametrize("schedule", ["onecycle", "constant"])
-def test_learning_rate_follows_the_schedule_in_every_module(schedule):
-    run = make("decoupled", depth=14, lr=0.08, epochs=5, schedule=schedule, client_modules=2)
+def test_learning_rate_follows_the_schedule_in_every_module():
+    run = ds.Run(ds.Config(mode="decoupled", depth=14, lr=0.08, epochs=5, client_modules=2,
+                           batch_size=16), TRAIN, TEST, CPU)
     rates = []
     for m in [*run.client, *run.server]:
         rates.append([])
@@ -865,12 +886,9 @@ def test_learning_rate_follows_the_schedule_in_every_module(schedule):
         run.train_epoch()
     first = rates[0]
     assert len(rates) == 3 and all(r == first for r in rates) and len(first) == 5 * 4
-    if schedule == "constant":
-        assert first == [0.08] * 20
-    else:
-        top = first.index(max(first))
-        assert max(first) == pytest.approx(0.08) and first[0] < 0.01 and first[-1] < 0.08 / 1000
-        assert 2 <= top <= 8 and first == sorted(first[:top]) + sorted(first[top:], reverse=True)
+    top = first.index(max(first))
+    assert max(first) == pytest.approx(0.08) and first[0] < 0.01 and first[-1] < 0.08 / 1000
+    assert 2 <= top <= 8 and first == sorted(first[:top]) + sorted(first[top:], reverse=True)
 
 # ---- figures worked out -------------------------------------------------------------------------
 def simulate(mode, steps, client, up, server, down, latency):
@@ -898,14 +916,14 @@ def simulate(mode, steps, client, up, server, down, latency):
 def test_seconds_over_the_link_are_those_of_a_simulation(mode, client, up_bytes, server, latency):
     steps, config = 7, ds.Config(mode=mode, bandwidth=80, latency=latency)      # 10 MB a second
     count = {"up": {"activations": 6 * up_bytes, "labels": up_bytes}, "down": {"gradients": 0},
-             "relay": {"weights": 0, "optimizer": 0}, "evaluation": {"activations": 1e12}}
+             "relay": {"weights": 0}, "evaluation": {"activations": 1e12}}
     if mode == "backprop":
         count["down"]["gradients"] = 14 * up_bytes
     s = {"mode": mode, "bytes": count, "seconds": {"client": 7 * client, "server": 7 * server}}
     up = up_bytes / 1e7
     oracle = simulate(mode, steps, client, up, server, 2 * up, latency / 1e3)
     assert ds.link_seconds(config, s, steps, 0) == pytest.approx(oracle, rel=1e-6)
-    count["relay"].update(weights=3e6, optimizer=2e6)
+    count["relay"].update(weights=5e6)
     relay = 5e6 / 1e7 + 4 * latency / 1e3
     assert ds.link_seconds(config, s, steps, 4) == pytest.approx(oracle + relay, rel=1e-6)
 
@@ -921,29 +939,6 @@ def test_the_next_client_goes_on_with_what_was_received(monkeypatch):
 def test_only_the_hand_overs_that_took_place_wait_for_the_link(clients, waits):
     run = make("decoupled", clients=clients, max_steps=2, latency=1e6)      # of 4 batches
     assert run.train()["seconds"]["link_epoch"] == pytest.approx(1000 * (1 + waits), abs=100)
-
-def test_gflop_are_those_of_the_layer_shapes():
-    def conv(a, b, side):
-        return 2 * 9 * a * b * side**2
-    blocks = [2 * conv(16, 16, 32)] * 3 + [conv(16, 32, 16) + conv(32, 32, 16)] + [
-        2 * conv(32, 32, 16)] * 2 + [conv(32, 64, 8) + conv(64, 64, 8)] + [2 * conv(64, 64, 8)] * 2
-    whole = conv(3, 16, 32) + sum(blocks) + 2 * 64 * 10
-    assert whole / 1e9 == pytest.approx(2 * 0.0408, rel=0.01)      # He et al.: 40.8 million
-    for cut, held in (("shallow", 1), ("middle", 2), ("deep", 4)):
-        got = ds.gflop(*parties(make("backprop", depth=20, cut=cut)))
-        client = conv(3, 16, 32) + sum(blocks[:held])
-        assert got == pytest.approx({"client": client / 1e9, "aux": 0,
-                                     "server": (whole - client) / 1e9})
-    run = make("decoupled", depth=20, aux_depth=0, server_modules=2)
-    # Heads: the client's on 32 channels; the server's after block 7, of 64.
-    heads = [2 * 32 * 16 * 10, 2 * 64 * 16 * 10]
-    assert ds.gflop(*parties(run)) == pytest.approx({"client": client / 1e9, "aux": heads[0] / 1e9,
-                                                    "server": (whole - client + heads[1]) / 1e9})
-    run = make("decoupled", depth=20, aux_depth=2)
-    aux = 2 * conv(32, 32, 16) + conv(32, 64, 8) + conv(64, 64, 8) + 2 * 64 * 4 * 10
-    before = weights(*parties(run))
-    assert ds.gflop(*parties(run))["aux"] == pytest.approx(aux / 1e9)
-    assert same(before, weights(*parties(run)))
 
 # ---- long runs ----------------------------------------------------------------------------------
 LONG = "--mode decoupled --epochs 5 --batch-size 16 --device cpu".split()
@@ -977,7 +972,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, small):
     assert [(e["event"], e.get("epoch")) for e in log_of(log)] == [
         *(("epoch", n) for n in range(1, 6)), ("summary", None)]
     whole, resumed = log_of(tmp_path / "a.jsonl")[-1], log_of(log)[-1]
-    for key in ("test_accuracy", "aux_accuracy", "train_loss", "bytes", "memory", "gflop"):
+    for key in ("test_accuracy", "aux_accuracy", "train_loss", "bytes", "memory"):
         assert whole[key] == resumed[key]
     left = [p.name for p in tmp_path.iterdir() if not p.name.startswith("b.pt.")]   # of the killed
     assert sorted(left) == ["a.jsonl", "a.pt", "b.jsonl", "b.pt"]
@@ -1041,9 +1036,9 @@ def test_a_bad_checkpoint_of_the_second_mode_is_found_before_the_first_one_train
     assert "run.decoupled.pt" in line       # and no line of an epoch before it
 
 KEYS = """event mode dataset depth cut client_modules server_modules aux_depth wire clients epochs
-batch_size seed device torch test_accuracy aux_accuracy train_loss bytes memory gflop seconds
+batch_size seed device torch test_accuracy aux_accuracy train_loss bytes memory seconds
 images_per_second""".split()
-PARTS = {"bytes": {"up", "down", "relay", "evaluation"}, "gflop": {"client", "aux", "server"},
+PARTS = {"bytes": {"up", "down", "relay", "evaluation"},
          "memory": {"client_peak", "server_peak", "host_peak", "client_held"},
          "seconds": {"epoch", "client", "server", "link_epoch"}}
 
@@ -1056,7 +1051,7 @@ def test_compare_logs_both_modes_and_keeps_a_checkpoint_of_each(tmp_path, small,
         *((event, mode) for mode in MODES for event in ("epoch", "epoch", "summary")),
         ("compare", None)]
     for n, mode in ((2, "backprop"), (5, "decoupled")):
-        assert set(KEYS) <= set(events[n]) and events[n]["epochs"] == 2 and events[n]["depth"] == 8
+        assert set(KEYS) <= set(events[n]) and events[n]["epochs"] == 2 and events[n]["depth"] == 20
         assert all(set(events[n][key]) >= names for key, names in PARTS.items())
         assert {**events[-1][mode], "event": "summary"} == events[n]
         assert 0 <= events[n]["test_accuracy"] <= 1 and events[n]["device"] == "cpu"
@@ -1076,7 +1071,7 @@ BAD = """--depth 21, --depth 2, --depth -4, --client-modules 5, --server-modules
     --latency nan, --latency inf, --lr inf, --weight-decay -1, --weight-decay nan, --seed -1,
     --seed 99999999999999999999,
     --aux-depth -1, --mode both,
-    --cut wide, --wire int4, --dataset mnist, --schedule step, --device tpu, --colour red,
+    --cut wide, --wire int4, --dataset mnist, --device tpu, --colour red,
     --log no/such/folder/log, --log ., --checkpoint no/such/folder/run.pt, --checkpoint ."""
 
 @pytest.mark.parametrize("argv", [argv.strip() for argv in BAD.split(",")])
@@ -1108,7 +1103,7 @@ def test_the_checkpoint_of_the_epoch_before_outlives_a_loss_that_is_not_finite(
     def step(*args):
         steps.append(1)
         losses = STEP["decoupled"](*args)
-        return {**losses, "client": math.nan} if len(steps) == 4 else losses
+        return {**losses, "client": math.nan} if len(steps) == 2 + 4 else losses    # 2 measure the memory
     monkeypatch.setattr(ds, "decoupled_step", step)
     assert ds.main([*TINY, "--checkpoint", str(path)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -1189,7 +1184,7 @@ def test_the_plain_command_prints_the_table_and_the_picture(plain_command):
     lines = out.splitlines()
     assert lines[0].split() == ["backprop", "decoupled", "change"]
     down = next(line for line in lines if line.startswith("down, MB"))
-    assert down.split()[-3:] == [f"{2 * 64 * 16 * 32 * 32 * 4 / 1e6:.2f}", "0.00", "-100.0%"]
+    assert down.split()[-3:] == [f"{2 * 32 * 32 * 16 * 16 * 4 / 1e6:.2f}", "0.00", "-100.0%"]
     picture = {tuple(line.split()[:2]): line for line in lines[-4:]}
     assert set(picture) == {(mode, party) for mode in MODES for party in ("client", "server")}
     assert all(len(line) == 18 + 60 for line in picture.values()) and "█" in "".join(lines[-4:])
