@@ -57,7 +57,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 
@@ -967,6 +966,7 @@ class Run:
 
     def train_epoch(self):
         """Train on each batch of an epoch. Return the figures of the epoch."""
+        torch.manual_seed(self.options.seed * 1_000_003 + self.epoch)    # for layers like dropout
         self.channel.reset()
         for party in self.parties:
             party.train()
@@ -1222,9 +1222,6 @@ def show(text, stream):
     try:
         stream.write(text.encode(encoding, "replace").decode(encoding))
         stream.flush()
-    except OSError:
-        with suppress(Exception):       # Python flushes once more at exit: let that end quietly
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except Exception:
         pass
 

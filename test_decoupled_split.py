@@ -1130,6 +1130,12 @@ def test_ledger_figures_and_picture_of_a_step_worked_out_by_hand():
     assert {name: (max(row), len(row)) for name, row in wide.items()} == {
         "client": (4800, 60), "server": (5200, 60), "both": (6000, 60)}
 
+@pytest.mark.parametrize("row, width, peaks", [
+    ([1, 5, 2, 3, 9, 4], 3, [5, 3, 9]), ([1, 5, 2, 3, 9, 4], 1, [9]),
+    ([7, 8], 4, [7, 7, 8, 8]), ([2, 1, 3], 2, [2, 3])])
+def test_the_picture_shows_the_peak_of_each_group_of_operators(row, width, peaks):
+    assert ds.peaks_of_groups(row, width) == peaks
+
 def watched_step(mode, batch=BATCHES[0], wire="float32", **changes):
     """(parties, ledger) after a step without the ledger and one with it."""
     parties = make_parties(mode, **changes)
@@ -1364,6 +1370,14 @@ def test_synthetic_images_depend_on_the_seed_alone():
         assert not torch.equal(x, x3)
     assert not torch.equal(one[0][0][:20], one[1][0])       # the test images are others
 
+def test_the_clutter_of_the_synthetic_images_is_in_the_colours_and_the_pattern_in_grey():
+    images, labels = ds.synthetic(0, (200, 1))[0]
+    images = F.avg_pool2d(images.float(), 4)            # without the noise of single pixels
+    brightness = images.mean(1, keepdim=True)
+    colour = images - brightness
+
+    assert 5 < brightness.std() < 0.4 * colour.std()
+
 def test_a_linear_model_finds_little_in_the_synthetic_images():
     (x, y), (x_test, y_test) = [(ds.to_float(x).flatten(1), y) for x, y in ds.synthetic(0)]
     model = nn.Linear(3072, 10)
@@ -1527,11 +1541,6 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
 
     assert seen and set(seen) == {60}
     assert socket.getdefaulttimeout() is None           # as it was
-
-def test_torchvision_is_only_imported_for_cifar():
-    code = "import sys, decoupled_split; sys.exit('torchvision' in sys.modules)"
-
-    assert subprocess.run([sys.executable, "-c", code], env=ENV).returncode == 0
 
 
 # ---- training, evaluation, clients ---------------------------------------------------
@@ -1825,6 +1834,24 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, small):
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a.jsonl", "a.pt", "b.jsonl", "b.pt"}
 
+def test_a_layer_that_draws_random_numbers_resumes_with_the_same_bits(tmp_path, monkeypatch):
+    resnet_layers = ds.resnet_layers
+    monkeypatch.setattr(ds, "resnet_layers", lambda depth, classes, channels: [
+        nn.Dropout(0.5), *resnet_layers(depth, classes, channels)])
+    path = str(tmp_path / "run.pt")
+    whole = make_run("decoupled", epochs=2, checkpoint=path)
+    whole.train_epoch()
+    whole.epoch = 1
+    ds.save(whole, path)
+
+    torch.rand(7)                       # another process has drawn other numbers before
+    resumed = make_run("decoupled", epochs=2, checkpoint=path)
+    resumed.train_epoch()
+    whole.train_epoch()
+
+    assert resumed.epoch == 1
+    assert same(weights(*whole.parties), weights(*resumed.parties))
+
 def test_what_a_killed_save_leaves_is_overwritten_by_the_next(tmp_path, small):
     path = tmp_path / "run.pt"
     draft = Path(ds.draft_of(str(path)))
@@ -1867,7 +1894,12 @@ def remove_a_party(path):
     del saved["parties"]["server"]
     torch.save(saved, path)
 
-def remove_a_module(path):
+def add_a_party(path):
+    saved = torch.load(path, weights_only=True)
+    saved["parties"]["edge"] = saved["parties"]["client"]
+    torch.save(saved, path)
+
+def add_a_module(path):
     saved = torch.load(path, weights_only=True)
     saved["parties"]["server"].append(saved["parties"]["server"][0])
     torch.save(saved, path)
@@ -1886,7 +1918,8 @@ DAMAGES = {
     "code": lambda path: path.write_bytes(pickle.dumps(Evil())),
     "another program's": lambda path: torch.save({"model": torch.zeros(3)}, path),
     "a party missing": remove_a_party,
-    "a module too many": remove_a_module,
+    "a party too many": add_a_party,
+    "a module too many": add_a_module,
     "a weight missing": remove_a_weight,
 }
 
@@ -2151,6 +2184,14 @@ def test_an_ascii_stream_gets_the_picture_in_ascii(small, monkeypatch):
     both = next(line for line in text.splitlines() if line.startswith("decoupled both"))
     assert "@" in both and "?" not in text
 
+def test_an_ascii_stream_gets_an_error_that_it_cannot_spell(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    assert ds.main(["--log", "no/such/folder/é"]) == 2
+
+    assert b"--log no/such/folder/?: cannot be written" in stream.buffer.getvalue()
+
 @pytest.mark.skipif(os.name != "posix", reason="no shell")
 def test_a_closed_or_full_stream_ends_quietly(tmp_path):
     code = ("import sys, decoupled_split as ds; whole = ds.synthetic;"
@@ -2190,6 +2231,9 @@ def test_bad_input_is_one_line_that_names_the_option(argv, refused, monkeypatch,
 
     assert argv.split()[0] in line
     assert not list(tmp_path.iterdir())
+
+def test_an_error_stays_on_one_line_even_if_a_name_does_not(refused):
+    assert "no/such folder" in refused("--log", "no/such\nfolder/log")
 
 def test_an_impossible_number_of_modules_names_the_possible_ones(refused):
     line = refused("--client-modules", "5")         # of 7 layers
@@ -2326,7 +2370,7 @@ def test_the_example_at_the_end_of_part_one_runs_as_it_stands(capsys):
 
     assert set(names["losses"]) == {"client", "server"} and "activations" in capsys.readouterr().out
 
-def test_part_one_can_be_copied_without_part_two(tmp_path):
+def test_part_one_can_be_copied_and_torchvision_is_only_imported_for_cifar(tmp_path):
     text = (HERE / "decoupled_split.py").read_text()
     part_one = text.split("# PART II")[0]
     part_one = re.sub(r"# and Part II needs these, too.*?\n\n", "", part_one, flags=re.DOTALL)
@@ -2347,11 +2391,13 @@ def test_part_one_can_be_copied_without_part_two(tmp_path):
                 step(*parties, Channel(), x, y)
             hand_over(parties[0], Channel("uint8"))
             assert ledger.figures()["host_peak"] > 0
+        import decoupled_split
         assert "torchvision" not in sys.modules
     """
+    path = os.pathsep.join([str(tmp_path), str(HERE)])
 
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
-                             stderr=subprocess.PIPE, env={**ENV, "PYTHONPATH": str(tmp_path)})
+                             stderr=subprocess.PIPE, env={**ENV, "PYTHONPATH": path})
 
     assert process.returncode == 0, process.stderr
 
