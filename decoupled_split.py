@@ -2,6 +2,7 @@
 
 A client holds private images and runs the first layers of a network. A server runs the rest.
 The client sends z, the activations at the cut layer ("smashed data"), and the labels y.
+A host, below, is one machine that runs both parties in turn.
 
     Conventional split learning: --mode backprop
 
@@ -72,7 +73,7 @@ from itertools import islice
 # classifier on the output of these layers (its head). Section 2 has both classes.
 #
 # In both protocols each layer runs forward once per batch, in training mode, and on the
-# same images. So batch-norm collects its statistics in the same way. (The values differ
+# same images. So batch-norm collects its statistics in the same way. (Their values differ
 # after the first update, because the weights do.)
 
 def train_locally(party, x, y):
@@ -80,11 +81,12 @@ def train_locally(party, x, y):
 
     x: (B, ...) the input of the party. y: (B,) labels.
 
-    With one module per party, a party's own peak memory is about that of backprop, because
-    all its activations are alive when its backward pass begins. A host that runs both
-    parties in turn then saves half at most. The paper's 58% need several modules per party:
-    only the activations of one module are then alive at a time. The price is accuracy
-    (Decoupled Greedy Learning, Belilovsky et al. 2019, arXiv 1901.08164).
+    With one module per party, a party needs about as much memory as in backprop mode,
+    because all its activations are alive when its backward pass begins. A host then needs
+    memory for the larger party instead of both: half at best. To save more, such as the
+    paper's 58%, takes several modules per party, because only the activations of one module
+    are alive at a time. This usually costs accuracy (Decoupled Greedy Learning, Belilovsky
+    et al. 2019, arXiv 1901.08164).
     """
     for module in party:
         z = module(x)
@@ -100,9 +102,8 @@ def decoupled_step(client, server, channel, x, y):
     x: (B, C, H, W) images. y: (B,) labels. Both are the client's.
     z and y go up. Nothing comes down.
 
-    When the server begins, only z is left of the client's activations. A host that runs
-    both parties needs memory for the activations of the larger one, where backprop needs
-    it for the sum.
+    When the server begins, only z (as it was encoded) is left of the client's activations.
+    So a host never holds the activations of both parties. In backprop mode it does.
     """
     with client.working():
         z, client_loss = train_locally(client, x, y)    # frees the client's activations
@@ -156,7 +157,7 @@ def backprop_step(client, server, channel, x, y):
 def hand_over(client, channel):
     """Send the client's part of the network to the next client: weights, buffers, momentum.
 
-    Several clients work one after the other and share one set of weights. One Party
+    (The learning rate is not sent: its schedule is known to all.) Several clients work one after the other and share one set of weights. One Party
     stands for all of them, so it sends its state to itself. (Writing into a tensor of a
     state_dict writes into the weight: they share their memory.)
     """
@@ -171,12 +172,12 @@ class LocalModule(nn.Module):
     """A group of layers that is trained on its own, with its own optimizer.
 
     body: a list of layers. head: a module that turns the output of the body into class
-    scores, or None. In decoupled mode every module has a head: the last one the classifier
-    of the network, the others an auxiliary classifier. In backprop mode only the last one.
+    scores, or None. The head of the very last module is the classifier of the network. In
+    decoupled mode all others have an auxiliary classifier, in backprop mode they have None.
 
     make_optimizer: called with the list of the parameters (it may be empty), returns an
-    optimizer and a learning rate schedule. There is no optimizer across the cut, because
-    the two sides are updated at different times and on different machines.
+    optimizer and one of PyTorch's learning rate schedules. There is no optimizer across the
+    cut, because the two sides are updated at different times and on different machines.
 
     autocast_dtype: the precision of the forward pass, such as torch.bfloat16, or None.
     """
@@ -205,10 +206,11 @@ class LocalModule(nn.Module):
     def update(self):
         """One optimizer step. RuntimeError if a weight has no gradient.
 
-        The gradients are freed here, so that they are not in memory until the next batch.
+        The gradients are freed here. Otherwise they would stay until the next batch.
         """
         if any(p.requires_grad and p.grad is None for p in self.parameters()):
-            raise RuntimeError("update() without a backward pass through all weights")
+            raise RuntimeError("update() without a backward pass through all weights (in "
+                               "backprop mode only the last module may have a head)")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -282,12 +284,13 @@ class Channel:
     a kind that is not in KINDS, is a KeyError.
 
     wire: how activations and gradients are encoded. Labels take one byte each, and
-    weights are sent as they are. `sent` remembers what has crossed, for the ledger.
+    weights are sent as they are.
 
     For a real network, override `push` and `pull`. The receiver knows the hop and the kind
-    of what comes next, but shapes and types have to travel with the tensors. What stands
-    under `with client.working()` in a step function is then the program of the client, and
-    what stands under `with server.working()` that of the server.
+    of what comes next, but shapes and types have to travel with the tensors, and the
+    receiver puts them on its own device. What stands under `with client.working()` in a
+    step function is then the program of the client, and what stands under
+    `with server.working()` that of the server. Evaluation and hand-over are divided alike.
     """
 
     def __init__(self, wire="float32", hops=("up", "down", "relay", "evaluation")):
@@ -296,7 +299,7 @@ class Channel:
         self.wire = wire
         self.hops = hops
         self.queues = {}
-        self.sent = weakref.WeakSet()
+        self.crossing = set()           # storages that the receiver is reading just now
         self.reset()
 
     def reset(self):
@@ -306,12 +309,11 @@ class Channel:
     def send(self, tensor, hop, kind):
         # A network carries numbers, not an autograd graph. Without this detach, in backprop
         # mode, the server's backward pass would run on into the client's layers, uncounted,
-        # and z_received.grad would be None. In decoupled mode nothing would change, because
-        # train_locally has already detached z.
+        # and z_received.grad would be None: an error. In decoupled mode nothing would change,
+        # because train_locally has already detached z.
         tensor = tensor.detach()
         payload = self.encode(tensor, kind)
         self.bytes[hop][kind] += sum(part.nbytes for part in payload)
-        self.sent |= storages(payload)
         self.push(payload, hop, kind)
 
     def receive(self, hop, kind):
@@ -320,7 +322,11 @@ class Channel:
         It has a storage of its own and no graph. The copy is made here, on receipt: a copy
         made in `send` would be charged to the sender.
         """
-        return self.decode(self.pull(hop, kind), kind)
+        payload = self.pull(hop, kind)
+        self.crossing = storages(payload)       # for the ledger: this may be read
+        tensor = self.decode(payload, kind)
+        self.crossing = set()
+        return tensor
 
     def push(self, payload, hop, kind):
         """Put a list of tensors on the wire."""
@@ -336,8 +342,8 @@ class Channel:
     def encode(self, tensor, kind):
         """The list of tensors that crosses the wire."""
         if kind == "labels":
-            if tensor.max() > 255:
-                raise ValueError("a label takes one byte on the wire: 256 classes at most")
+            if tensor.min() < 0 or tensor.max() > 255:
+                raise ValueError("a label is a number from 0 to 255, one byte on the wire")
             return [tensor.to(torch.uint8)]
         if kind == "weights":
             return [tensor]
@@ -361,9 +367,10 @@ class Channel:
 def quantize(tensor):
     """Return [values, low, scale] with tensor ~ values * scale + low.
 
-    values: uint8, as large as the tensor. low, scale: float32, one number per channel
-    (dimension 1). The error is at most scale / 2. dL/dz is rounded in the same way as z, so
-    in backprop mode the client learns from a coarse gradient.
+    values: uint8, in the shape of the tensor. low, scale: float32, one number per channel
+    (dimension 1). The error is scale / 2 at most, apart from float32 rounding. dL/dz is
+    rounded like z, and a zero becomes a small number. So in backprop mode the client learns
+    from a coarse gradient.
     """
     tensor = tensor.float()
     all_but_channel = [d for d in range(tensor.dim()) if d != 1]
@@ -378,9 +385,10 @@ def quantize(tensor):
 
 # ---- 4. Network: a flat list of layers, and where it is cut --------------------------
 #
-# Any network works that is a flat list of layers. The last entry is the classifier. Only
-# one tensor crosses a cut, so a skip connection has to lie inside one layer, as it does in
-# ResidualBlock. The first layer after a cut must not work in place (ReLU(inplace=True)).
+# A network is a flat list of layers, each from one tensor to one tensor. The last entry is
+# the classifier. Only one tensor crosses a cut, so a skip connection has to lie inside one
+# layer, as it does in ResidualBlock. No layer that reads z may work in place (as ReLU with
+# inplace=True does), neither the next layer nor the first of a head: it would change z.
 
 class ResidualBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H / stride, W / stride).
@@ -417,9 +425,9 @@ def classifier(channels, grid, classes):
 def resnet_layers(depth, classes, channels=3):
     """The ResNet for CIFAR (He et al. 2016, section 4.2) as a flat list of layers.
 
-    depth: 6n + 2. channels: of the images. The list has 3 + 3n + 1 entries. The stem has
-    three of them, because the cuts of the paper count convolution, batch-norm and ReLU as
-    one layer each. A residual block counts as one layer.
+    depth: 6n + 2. channels: of the images. The list has 3 + 3n + 1 entries. In the stem,
+    convolution, batch-norm and ReLU count as one layer each, as in the cuts of the paper. A
+    residual block counts as one layer.
     """
     blocks_per_width = (depth - 2) // 6
     layers = [
@@ -461,8 +469,8 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
 
     shapes: of the outputs of all layers, from `output_shapes`.
     depth: the number of blocks, at most one for each layer between z and the network's
-    classifier. Each block copies width and size from one of these layers, and the layers
-    that are copied are spaced evenly (AugLocal, Ma et al. 2024, arXiv 2402.17318).
+    classifier. A block has the output shape of one of these layers, and the layers chosen
+    are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
     make_block: called as make_block(c_in, c_out, stride).
 
     After the blocks, pooling to 2x2 and a linear layer. With depth 0 it is the linear layer
@@ -513,6 +521,8 @@ def cut_network(layers, plan, make_head, make_optimizer, autocast_dtype=None):
     ends = [end for party_ends in plan.values() for end in party_ends]
     if ends != sorted(set(ends)) or ends[0] < 1 or ends[-1] != len(layers):
         raise ValueError(f"the ends {ends} must increase and stop at {len(layers)}")
+    if not all(plan.values()):
+        raise ValueError(f"a party without a module in {plan}")
 
     parties = []
     start = 0
@@ -546,8 +556,8 @@ class Ledger(TorchDispatchMode):
     from it, memory that an operator uses inside, the allocator's reserve, the interpreter.
 
     channel, batch: if they are given, the ledger also checks that a party reads only what
-    it has made itself or what was sent. The batch belongs to the first party. RuntimeError
-    for a tensor that goes from one party to another past the channel.
+    it has made itself or receives. The batch belongs to the first party. RuntimeError for a
+    tensor that goes from one party to another past the channel.
     """
 
     def __init__(self, parties, channel=None, batch=()):
@@ -571,7 +581,7 @@ class Ledger(TorchDispatchMode):
         name = self.worker(function)
         read = storages((args, kwargs))
         if self.channel is not None:
-            self.check_owners(name, function, read - set(self.channel.sent))
+            self.check_owners(name, function, read - self.channel.crossing)
         self.charge(name, storages(result) - read)      # a view shares the storage it reads
         self.trace.append((name, dict(self.live)))
         return result
@@ -584,8 +594,8 @@ class Ledger(TorchDispatchMode):
                                f"of {list(self.live)}: is a `with party.working()` missing?")
         return names[0]
 
-    def check_owners(self, name, function, private):
-        for storage in private:
+    def check_owners(self, name, function, read):
+        for storage in read:
             owner = self.owners.get(storage, name)
             if owner != name:
                 raise RuntimeError(f"{function}: the {name} reads what the {owner} did not send")
@@ -609,8 +619,8 @@ class Ledger(TorchDispatchMode):
         """What the trace says, in bytes:
 
         `NAME_peak`: the peak of each party. `host_peak`: the peak of their sum, as if one
-        host ran them all. `NAME_held`: what each party but the last holds while the last
-        one works, at its last operator. `picture`: the peaks of each party, and of all of
+        host ran them all. `NAME_held`: what each party but the last still holds at the last
+        operator of the last party. `picture`: the peaks of each party, and of all of
         them (`both`), in `width` consecutive groups of operators.
         """
         workers = [name for name, _ in self.trace]
@@ -644,7 +654,7 @@ def peaks_of_groups(row, width):
 #     return auxiliary_classifier(shapes, end, depth=1, classes=10)
 #
 # def make_optimizer(parameters):
-#     sgd = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+#     sgd = torch.optim.SGD([{"params": parameters}], lr=0.05, momentum=0.9)
 #     return sgd, torch.optim.lr_scheduler.ConstantLR(sgd, factor=1)
 #
 # client, server = cut_network(layers, {"client": [7], "server": [13]}, make_head, make_optimizer)
@@ -656,6 +666,15 @@ def peaks_of_groups(row, width):
 
 # ======================================================================================
 # PART II: THE EXPERIMENT
+#
+# Where to change what:
+#   another network     its list of layers, in build_parties
+#   another data set    an entry in DATA_SETS
+#   a third party       the step functions, make_plan, an option NAME_modules, and the hops
+#                       of both Channels in Run. Everything else is a loop over the parties.
+#   a real network      Channel.push and pull; evaluate and hand_over, divided in two
+# Then run --max-steps 1 --epochs 1. It reports code outside of a party's working block,
+# tensors that go past the channel or stay in memory, and modules that are not updated.
 # ======================================================================================
 
 class UserError(Exception):
@@ -668,8 +687,9 @@ class UserError(Exception):
 class DataSet:
     """All that the program needs to know about a data set.
 
-    load: a function of the options that returns (images, labels) for training and for
-    testing: images (N, C, H, W) uint8, labels (N,) int64.
+    load: a function of the options that returns [(images, labels), (images, labels)], for
+    training and for testing: images (N, C, H, W) uint8, labels (N,) int64. The training set
+    should be in random order, because each client gets a part of it in one piece.
     """
     load: Callable
     classes: int
@@ -924,8 +944,8 @@ class Run:
         images, labels = self.shards[0]
         index = torch.arange(options.batch_size) % len(labels)      # exactly one full batch
         channel = Channel(options.wire)
-        self.memory = measure_memory(lambda: build_parties(options, 2, device), self.step,
-                                     channel, to_float(images[index]), labels[index])
+        self.memory = measure_memory(lambda: build_parties(options, total_steps=2, device=device),
+                                     self.step, channel, to_float(images[index]), labels[index])
         self.bytes_per_batch = channel.bytes
 
         total_steps = options.epochs * self.steps_per_epoch
@@ -1083,8 +1103,9 @@ def evaluate(parties, channel, batches):
     """The test accuracy of each party's last classifier: {party name: fraction or None}.
 
     That of the last party is the accuracy of the whole network. The others answer with an
-    auxiliary classifier, or not at all (None), as in backprop mode. FloatingPointError if
-    scores are not finite: then the weights have diverged in the last update.
+    auxiliary classifier, or not at all (None), as in backprop mode. No labels are sent: it
+    is not a party that compares. FloatingPointError if scores are not finite: then the
+    weights have diverged in the last update.
     """
     for party in parties:
         party.eval()
@@ -1204,8 +1225,8 @@ def link_seconds(summary, steps):
         # A chain: each batch goes through all stages before the next one begins.
         return sum(stages) + len(hops) * latency * steps + relay
 
-    # A pipeline: all stages work at the same time, and the slowest sets the pace. The
-    # others count for one batch only, because the pipeline is filled and emptied once.
+    # A pipeline: all stages work at the same time, and the slowest sets the pace. Each of
+    # the others adds the time of one batch, when the pipeline is filled and emptied.
     slowest = max(stages)
     return slowest + (sum(stages) - slowest) / steps + len(hops) * latency + relay
 

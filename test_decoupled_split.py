@@ -208,6 +208,12 @@ def test_a_plan_that_does_not_cover_each_layer_once_is_an_error(plan):
     with pytest.raises(ValueError, match="13"):
         ds.cut_network(ds.resnet_layers(20, 10), plan, lambda end: None, plain_sgd)
 
+def test_a_party_without_a_module_is_an_error():
+    plan = {"client": [7], "edge": [], "server": [13]}
+
+    with pytest.raises(ValueError, match="without a module"):
+        ds.cut_network(ds.resnet_layers(20, 10), plan, lambda end: None, plain_sgd)
+
 def test_block_is_the_residual_block_of_the_paper():
     block = ds.ResidualBlock(4, 8, 2).eval()
     x = torch.randn(2, 4, 6, 6)
@@ -759,6 +765,17 @@ def pass_a_tensor_by_hand(client, edge, server, channel, x, y):
     with server.working():
         ds.train_locally(server, z, y)
 
+def read_the_original_of_what_was_sent(client, edge, server, channel, x, y):
+    with client.working():
+        z, _ = ds.train_locally(client, x, y)
+        channel.send(z, "client to edge", "activations")
+        channel.send(y, "client to edge", "labels")
+    with edge.working():
+        channel.receive("client to edge", "activations")
+        ds.train_locally(edge, z, channel.receive("client to edge", "labels"))
+    with server.working():
+        ds.train_locally(server, x, y)
+
 def forget_to_send_the_labels(client, edge, server, channel, x, y):
     with client.working():
         z, _ = ds.train_locally(client, x, y)
@@ -777,6 +794,7 @@ def work_in_the_name_of_another(client, edge, server, channel, x, y):
 
 @pytest.mark.parametrize("step, error, message", [
     (pass_a_tensor_by_hand, RuntimeError, "the edge reads what the client did not send"),
+    (read_the_original_of_what_was_sent, RuntimeError, "the edge reads what the client did not"),
     (forget_to_send_the_labels, RuntimeError, "the edge reads what the client did not send"),
     (work_in_the_name_of_another, RuntimeError, "the client reads what the edge did not send"),
     (forget_the_clock, RuntimeError, "working"),
@@ -880,8 +898,9 @@ def test_nothing_can_be_received_that_was_not_sent():
         channel.receive("down", "gradients")
 
 def test_a_label_that_needs_more_than_one_byte_is_an_error():
-    with pytest.raises(ValueError, match="256 classes"):
-        ds.Channel().send(torch.tensor([3, 256]), "up", "labels")
+    for label in (256, -1):
+        with pytest.raises(ValueError, match="from 0 to 255"):
+            ds.Channel().send(torch.tensor([3, label]), "up", "labels")
 
 def test_a_wire_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="int4"):
