@@ -1,8 +1,8 @@
-"""Decoupled split learning in one file: a network cut in two, trained without a way back.
+"""Decoupled split learning in one file: a network in two halves, and no way back.
 
-A client holds private images and runs the first layers of a network. A server runs the rest.
-The client sends z, the activations at the cut layer ("smashed data"), and the labels y.
-A host, below, is one machine that runs both parties in turn.
+A client holds private images and runs the first layers of a network. A server runs
+the rest. The client sends z, the activations at the cut layer ("smashed data"), and the
+labels y. A host, below, is one machine that runs both parties in turn.
 
     Conventional split learning: --mode backprop
 
@@ -17,10 +17,10 @@ A host, below, is one machine that runs both parties in turn.
                       ---- z, y ---->   server    forward, loss, backward, update
         client    the next batch, without waiting
 
-The decoupled client learns from a small auxiliary classifier on z. No gradient is ever sent.
-Method: Zihad et al., "Decoupled Split Learning via Auxiliary Loss", 2026, arXiv 2601.19261.
+The decoupled client learns from a small auxiliary classifier on z. No gradient is sent.
+Method: "Decoupled Split Learning via Auxiliary Loss", Zihad et al. 2026, arXiv 2601.19261.
 
-    python decoupled_split.py                                       both modes on synthetic images
+    python decoupled_split.py                                       both modes, no data needed
     python decoupled_split.py --mode decoupled --dataset cifar10    the real thing
     python decoupled_split.py --help                                every option
 
@@ -31,7 +31,7 @@ Measured with --dataset cifar100 --amp (ResNet-20, ten epochs, seed 0, two CPU c
 
 The paper claims the same accuracy, half of the bytes, and up to 58% less peak memory.
 
-Part I is the method, and everything in it can be copied into a program that has only torch.
+Part I is the method. All of it can be copied into a program that has torch 2.6 or newer.
 Part II is the experiment around it. You can stop reading at the end of Part I.
 
 MIT licence; the text is in README.md.
@@ -73,20 +73,20 @@ from itertools import islice
 # classifier on the output of these layers (its head). Section 2 has both classes.
 #
 # In both protocols each layer runs forward once per batch, in training mode, and on the
-# same images. So batch-norm collects its statistics in the same way. (Their values differ
-# after the first update, because the weights do.)
+# same images. So batch-norm collects its statistics in the same way. (Their values
+# differ after the first update, because the weights do.)
 
 def train_locally(party, x, y):
-    """Train each module of a party on its own loss. Return the last output and the last loss.
+    """Train each module of a party on its own loss. Return the last output and loss.
 
     x: (B, ...) the input of the party. y: (B,) labels.
 
     With one module per party, a party needs about as much memory as in backprop mode,
-    because all its activations are alive when its backward pass begins. A host then needs
-    memory for the larger party instead of both: half at best. To save more, such as the
-    paper's 58%, takes several modules per party, because only the activations of one module
-    are alive at a time. This usually costs accuracy (Decoupled Greedy Learning, Belilovsky
-    et al. 2019, arXiv 1901.08164).
+    because all its activations are alive when its backward pass begins. A host then
+    needs memory for the larger party instead of both: half at best. To save more, such
+    as the paper's 58%, takes several modules per party, because only the activations of
+    one module are alive at a time. This usually costs accuracy (Decoupled Greedy
+    Learning, Belilovsky et al. 2019, arXiv 1901.08164).
     """
     for module in party:
         z = module(x)
@@ -97,13 +97,14 @@ def train_locally(party, x, y):
     return x, loss.item()
 
 def decoupled_step(client, server, channel, x, y):
-    """One batch of decoupled split learning (paper, section III). Return {party name: loss}.
+    """One batch of decoupled split learning (paper, section III): {party name: loss}.
 
     x: (B, C, H, W) images. y: (B,) labels. Both are the client's.
     z and y go up. Nothing comes down.
 
-    When the server begins, only z (as it was encoded) is left of the client's activations.
-    So a host never holds the activations of both parties. In backprop mode it does.
+    When the server begins, only z (as it was encoded) is left of the client's
+    activations. So a host never holds the activations of both parties. In backprop mode
+    it does.
     """
     with client.working():
         z, client_loss = train_locally(client, x, y)    # frees the client's activations
@@ -124,8 +125,8 @@ def decoupled_step(client, server, channel, x, y):
 def backprop_step(client, server, channel, x, y):
     """One batch of conventional split learning (Gupta & Raskar 2018, arXiv 1810.06060).
 
-    Arguments and result are those of `decoupled_step`, but there is no client loss.
-    z and y go up, and dL/dz comes down. On a float32 wire the weights follow those of the
+    Arguments and result are those of `decoupled_step`, but there is no client loss. z
+    and y go up, and dL/dz comes down. On a float32 wire the weights follow those of the
     uncut network. The modules of a party are run as one.
     """
     with client.working():
@@ -133,7 +134,7 @@ def backprop_step(client, server, channel, x, y):
         channel.send(z, "up", "activations")
         channel.send(y, "up", "labels")
 
-    with server.working():      # all this time the client waits and its memory stays full
+    with server.working():      # all this time the client waits with full memory
         z_received = channel.receive("up", "activations")
         y_received = channel.receive("up", "labels")
         z_received.requires_grad_()             # makes autograd compute dL/dz
@@ -143,7 +144,8 @@ def backprop_step(client, server, channel, x, y):
         channel.send(z_received.grad, "down", "gradients")      # as large as z
         server.update()
         server_loss = loss.item()
-        # The server is done with this batch. Free its tensors before the client goes on.
+        # The server is done with this batch. Free its tensors before the client goes
+        # on.
         del z_received, y_received, scores, loss
 
     with client.working():
@@ -155,11 +157,12 @@ def backprop_step(client, server, channel, x, y):
     return {server.name: server_loss}
 
 def hand_over(client, channel):
-    """Send the client's part of the network to the next client: weights, buffers, momentum.
+    """Send the client's part to the next client: weights, buffers, momentum.
 
-    (The learning rate is not sent: its schedule is known to all.) Several clients work one after the other and share one set of weights. One Party
+    Several clients work one after the other and share one set of weights. One Party
     stands for all of them, so it sends its state to itself. (Writing into a tensor of a
-    state_dict writes into the weight: they share their memory.)
+    state_dict writes into the weight: they share their memory. The learning rate is not
+    sent, because its schedule is known to all.)
     """
     for tensor in client.state_tensors():
         channel.send(tensor, "relay", "weights")
@@ -172,12 +175,14 @@ class LocalModule(nn.Module):
     """A group of layers that is trained on its own, with its own optimizer.
 
     body: a list of layers. head: a module that turns the output of the body into class
-    scores, or None. The head of the very last module is the classifier of the network. In
-    decoupled mode all others have an auxiliary classifier, in backprop mode they have None.
+    scores, or None. The head of the very last module is the classifier of the network.
+    In decoupled mode all others have an auxiliary classifier, in backprop mode they
+    have None.
 
     make_optimizer: called with the list of the parameters (it may be empty), returns an
-    optimizer and one of PyTorch's learning rate schedules. There is no optimizer across the
-    cut, because the two sides are updated at different times and on different machines.
+    optimizer and one of PyTorch's learning rate schedules. There is no optimizer across
+    the cut, because the two sides are updated at different times and on different
+    machines.
 
     autocast_dtype: the precision of the forward pass, such as torch.bfloat16, or None.
     """
@@ -229,7 +234,7 @@ class Party(nn.Sequential):
         self.restart_clock()
 
     def scores(self, x):
-        """Class scores (B, classes) for the input x of the party, from its last head."""
+        """Class scores (B, classes) of the last head for x, the input of the party."""
         return self[-1].classify(self(x))
 
     def update(self):
@@ -266,7 +271,7 @@ def tensors_in(tree):
     return [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
 
 def storages(tree):
-    """The storages of all tensors in a tree: the memory behind a tensor and all its views."""
+    """The storages of all tensors in a tree: the memory behind tensors and their views."""
     return {tensor.untyped_storage() for tensor in tensors_in(tree)}
 
 
@@ -279,18 +284,18 @@ class Channel:
     """A simulated network: it detaches, encodes, counts and queues tensors.
 
     A hop is a direction in which tensors travel, known by its name: "up" and "down" in
-    training, "relay" from one client to the next, "evaluation" for test images, which are
-    counted apart. `bytes[hop][kind]` counts what was sent. A hop that was not announced, or
-    a kind that is not in KINDS, is a KeyError.
+    training, "relay" from one client to the next, "evaluation" for test images, which
+    are counted apart. `bytes[hop][kind]` counts what was sent. A hop that was not
+    announced, or a kind that is not in KINDS, is a KeyError.
 
     wire: how activations and gradients are encoded. Labels take one byte each, and
     weights are sent as they are.
 
-    For a real network, override `push` and `pull`. The receiver knows the hop and the kind
-    of what comes next, but shapes and types have to travel with the tensors, and the
-    receiver puts them on its own device. What stands under `with client.working()` in a
-    step function is then the program of the client, and what stands under
-    `with server.working()` that of the server. Evaluation and hand-over are divided alike.
+    For a real network, override `push` and `pull`. The receiver knows the hop and the
+    kind of what comes next, but shapes and types have to travel with the tensors, and
+    the receiver puts them on its own device. What stands under `with client.working()`
+    in a step function is then the program of the client, and what stands under `with
+    server.working()` that of the server. Evaluation and hand-over are divided alike.
     """
 
     def __init__(self, wire="float32", hops=("up", "down", "relay", "evaluation")):
@@ -307,10 +312,10 @@ class Channel:
         self.bytes = {hop: dict.fromkeys(KINDS, 0) for hop in self.hops}
 
     def send(self, tensor, hop, kind):
-        # A network carries numbers, not an autograd graph. Without this detach, in backprop
-        # mode, the server's backward pass would run on into the client's layers, uncounted,
-        # and z_received.grad would be None: an error. In decoupled mode nothing would change,
-        # because train_locally has already detached z.
+        # A network carries numbers, not an autograd graph. Without this detach, in
+        # backprop mode, the server's backward pass would run on into the client's
+        # layers, uncounted, and z_received.grad would be None: an error. In decoupled
+        # mode nothing would change, because train_locally has already detached z.
         tensor = tensor.detach()
         payload = self.encode(tensor, kind)
         self.bytes[hop][kind] += sum(part.nbytes for part in payload)
@@ -319,8 +324,8 @@ class Channel:
     def receive(self, hop, kind):
         """The oldest tensor that was sent on this hop and has this kind.
 
-        It has a storage of its own and no graph. The copy is made here, on receipt: a copy
-        made in `send` would be charged to the sender.
+        It has a storage of its own and no graph. The copy is made here, on receipt: a
+        copy made in `send` would be charged to the sender.
         """
         payload = self.pull(hop, kind)
         self.crossing = storages(payload)       # for the ledger: this may be read
@@ -354,7 +359,7 @@ class Channel:
         return quantize(tensor)
 
     def decode(self, payload, kind):
-        """A new tensor from a payload: int64 labels, float32 activations and gradients."""
+        """A new tensor: int64 labels, float32 activations and gradients."""
         if kind == "labels":
             return payload[0].to(torch.int64)
         if kind == "weights":
@@ -367,10 +372,10 @@ class Channel:
 def quantize(tensor):
     """Return [values, low, scale] with tensor ~ values * scale + low.
 
-    values: uint8, in the shape of the tensor. low, scale: float32, one number per channel
-    (dimension 1). The error is scale / 2 at most, apart from float32 rounding. dL/dz is
-    rounded like z, and a zero becomes a small number. So in backprop mode the client learns
-    from a coarse gradient.
+    values: uint8, in the shape of the tensor. low, scale: float32, one number per
+    channel (dimension 1). The error is scale / 2 at most, apart from float32 rounding.
+    dL/dz is rounded like z, and a zero becomes a small number. So in backprop mode the
+    client learns from a coarse gradient.
     """
     tensor = tensor.float()
     all_but_channel = [d for d in range(tensor.dim()) if d != 1]
@@ -385,17 +390,18 @@ def quantize(tensor):
 
 # ---- 4. Network: a flat list of layers, and where it is cut --------------------------
 #
-# A network is a flat list of layers, each from one tensor to one tensor. The last entry is
-# the classifier. Only one tensor crosses a cut, so a skip connection has to lie inside one
-# layer, as it does in ResidualBlock. No layer that reads z may work in place (as ReLU with
-# inplace=True does), neither the next layer nor the first of a head: it would change z.
+# A network is a flat list of layers, each from one tensor to one tensor. The last entry
+# is the classifier. Only one tensor crosses a cut, so a skip connection has to lie
+# inside one layer, as it does in ResidualBlock. No layer that reads z may work in place
+# (as ReLU with inplace=True does), neither the next layer nor the first of a head: it
+# would change z.
 
 class ResidualBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H / stride, W / stride).
 
-    Two 3x3 convolutions beside a shortcut without parameters (He et al. 2016, section 4.2,
-    option A): every stride-th pixel, and zeros for the new channels. (With c_out < c_in it
-    drops the last channels.)
+    Two 3x3 convolutions beside a shortcut without parameters (He et al. 2016, section
+    4.2, option A): every stride-th pixel, and zeros for the new channels. (With c_out <
+    c_in it drops the last channels.)
     """
 
     def __init__(self, c_in, c_out, stride=1):
@@ -415,7 +421,7 @@ class ResidualBlock(nn.Module):
         return F.relu(y + shortcut, inplace=True)
 
 def classifier(channels, grid, classes):
-    """(B, channels, H, W) -> (B, classes): average pooling to grid x grid, a linear layer."""
+    """(B, channels, H, W) -> (B, classes): average pooling to grid x grid, then linear."""
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(grid),
         nn.Flatten(),
@@ -425,9 +431,9 @@ def classifier(channels, grid, classes):
 def resnet_layers(depth, classes, channels=3):
     """The ResNet for CIFAR (He et al. 2016, section 4.2) as a flat list of layers.
 
-    depth: 6n + 2. channels: of the images. The list has 3 + 3n + 1 entries. In the stem,
-    convolution, batch-norm and ReLU count as one layer each, as in the cuts of the paper. A
-    residual block counts as one layer.
+    depth: 6n + 2. channels: of the images. The list has 3 + 3n + 1 entries. In the
+    stem, convolution, batch-norm and ReLU count as one layer each, as in the cuts of
+    the paper. A residual block counts as one layer.
     """
     blocks_per_width = (depth - 2) // 6
     layers = [
@@ -446,7 +452,7 @@ def resnet_layers(depth, classes, channels=3):
 
 @torch.no_grad()
 def output_shapes(layers, example):
-    """The shape of the output of every layer for one example image of shape (1, C, H, W).
+    """The output shape of every layer for one example image of shape (1, C, H, W).
 
     ValueError, which names the layer, if a layer does not accept its input.
     """
@@ -469,13 +475,13 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
 
     shapes: of the outputs of all layers, from `output_shapes`.
     depth: the number of blocks, at most one for each layer between z and the network's
-    classifier. A block has the output shape of one of these layers, and the layers chosen
-    are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
+    classifier. A block has the output shape of one of these layers, and the layers
+    chosen are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
     make_block: called as make_block(c_in, c_out, stride).
 
-    After the blocks, pooling to 2x2 and a linear layer. With depth 0 it is the linear layer
-    of the paper (section IV-A), but on z pooled to 4x4: on all of z it diverges at a normal
-    learning rate (NOTES.md, section 5).
+    After the blocks, pooling to 2x2 and a linear layer. With depth 0 it is the linear
+    layer of the paper (section IV-A), but on z pooled to 4x4: on all of z it diverges
+    at a normal learning rate (NOTES.md, section 5).
     """
     _, c_in, *size = shapes[end - 1]
     if not size:                # z is a vector
@@ -486,7 +492,8 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
     height = size[0]
     blocks = []
     for i in range(1, depth + 1):
-        _, c_out, new_height, _ = followers[len(followers) * i // depth - 1]    # evenly spaced
+        chosen = len(followers) * i // depth - 1        # evenly spaced, ends with the last
+        _, c_out, new_height, _ = followers[chosen]
         stride = max(1, round(height / new_height))
         blocks.append(make_block(c_in, c_out, stride))
         c_in = c_out
@@ -495,16 +502,19 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
     return nn.Sequential(*blocks, *classifier(c_in, grid, classes))
 
 def group_ends(start, stop, count):
-    """Split layers start..stop into `count` consecutive groups. Return where each one ends.
+    """Split layers start..stop into `count` consecutive groups. Return their ends.
 
-    Each group has ceil(n / count) of the n layers, and the last one may be shorter, as in
-    the public code of the authors. Not every count is possible: ValueError, which names
-    those that are.
+    Each group has ceil(n / count) of the n layers, and the last one may be shorter, as
+    in the public code of the authors. Not every count is possible: ValueError, which
+    names those that are.
     """
     n = stop - start
+    if n < 1:
+        raise ValueError(f"there is no layer from {start} to {stop}")
     possible = sorted({math.ceil(n / size) for size in range(1, n + 1)})
     if count not in possible:
-        raise ValueError(f"{n} layers can be split into {', '.join(map(str, possible))} groups")
+        counts = ", ".join(map(str, possible))
+        raise ValueError(f"{n} layers can be split into {counts} groups")
     size = math.ceil(n / count)
     return [min(start + size * i, stop) for i in range(1, count + 1)]
 
@@ -512,8 +522,8 @@ def cut_network(layers, plan, make_head, make_optimizer, autocast_dtype=None):
     """Cut a flat list of layers into parties. Return the list of parties.
 
     plan: where the modules of each party end, in the order of the layers. With the plan
-    {"client": [7], "server": [10, 13]} the client has layers 0 to 6 in one module, and the
-    server has layers 7 to 9 and 10 to 12 in two. A third party is a third key.
+    {"client": [7], "server": [10, 13]} the client has layers 0 to 6 in one module, and
+    the server has layers 7 to 9 and 10 to 12 in two. A third party is a third key.
     make_head: called as make_head(end) for every module but the last, returns its
     auxiliary classifier. In backprop mode it returns None.
     make_optimizer, autocast_dtype: see LocalModule.
@@ -546,18 +556,20 @@ def cut_network(layers, plan, make_head, make_optimizer, autocast_dtype=None):
 class Ledger(TorchDispatchMode):
     """Counts the bytes of live tensors, and charges each to the party that made it.
 
-    While it is entered, PyTorch calls `__torch_dispatch__` for every operator, forward and
-    backward. A storage is counted once, from the operator that returns it until it is
-    freed. Each operator adds one row to `trace`: (name of the party at work, {name: live
-    bytes}). RuntimeError if an operator runs while no party, or more than one, is at work.
+    While it is entered, PyTorch calls `__torch_dispatch__` for every operator, forward
+    and backward. A storage is counted once, from the operator that returns it until it
+    is freed. Each operator adds one row to `trace`: (name of the party at work, {name:
+    live bytes}). RuntimeError if an operator runs while no party, or more than one, is
+    at work.
 
     Counted: weights, buffers and momentum, which are charged when the ledger is made;
-    activations, gradients and temporaries. Not counted: the data set and the batch drawn
-    from it, memory that an operator uses inside, the allocator's reserve, the interpreter.
+    activations, gradients and temporaries. Not counted: the data set and the batch
+    drawn from it, memory that an operator uses inside, the allocator's reserve, the
+    interpreter.
 
-    channel, batch: if they are given, the ledger also checks that a party reads only what
-    it has made itself or receives. The batch belongs to the first party. RuntimeError for a
-    tensor that goes from one party to another past the channel.
+    channel, batch: if they are given, the ledger also checks that a party reads only
+    what it has made itself or receives. The batch belongs to the first party.
+    RuntimeError for a tensor that goes from one party to another past the channel.
     """
 
     def __init__(self, parties, channel=None, batch=()):
@@ -598,11 +610,13 @@ class Ledger(TorchDispatchMode):
         for storage in read:
             owner = self.owners.get(storage, name)
             if owner != name:
-                raise RuntimeError(f"{function}: the {name} reads what the {owner} did not send")
+                raise RuntimeError(f"{function}: the {name} reads what the {owner} "
+                                   f"did not send")
 
     def charge(self, name, new):
-        # PyTorch keeps one Python object per storage for as long as the storage lives. So it
-        # is recognised here, and `finalize` calls `release` when the memory is freed.
+        # PyTorch keeps one Python object per storage for as long as the storage lives.
+        # So it is recognised here, and `finalize` calls `release` when the memory is
+        # freed.
         for storage in new:
             if storage in self.owners:
                 continue
@@ -618,10 +632,10 @@ class Ledger(TorchDispatchMode):
     def figures(self, width=60):
         """What the trace says, in bytes:
 
-        `NAME_peak`: the peak of each party. `host_peak`: the peak of their sum, as if one
-        host ran them all. `NAME_held`: what each party but the last still holds at the last
-        operator of the last party. `picture`: the peaks of each party, and of all of
-        them (`both`), in `width` consecutive groups of operators.
+        `NAME_peak`: the peak of each party. `host_peak`: the peak of their sum, as if
+        one host ran them all. `NAME_held`: what each party but the last still holds at
+        the last operator of the last party. `picture`: the peaks of each party, and of
+        all of them (`both`), in `width` consecutive groups of operators.
         """
         workers = [name for name, _ in self.trace]
         rows = {name: [live[name] for _, live in self.trace] for name in self.live}
@@ -657,7 +671,8 @@ def peaks_of_groups(row, width):
 #     sgd = torch.optim.SGD([{"params": parameters}], lr=0.05, momentum=0.9)
 #     return sgd, torch.optim.lr_scheduler.ConstantLR(sgd, factor=1)
 #
-# client, server = cut_network(layers, {"client": [7], "server": [13]}, make_head, make_optimizer)
+# plan = {"client": [7], "server": [13]}
+# client, server = cut_network(layers, plan, make_head, make_optimizer)
 # channel = Channel()
 # for x, y in batches:
 #     losses = decoupled_step(client, server, channel, x, y)
@@ -670,15 +685,16 @@ def peaks_of_groups(row, width):
 # Where to change what:
 #   another network     its list of layers, in build_parties
 #   another data set    an entry in DATA_SETS
-#   a third party       the step functions, make_plan, an option NAME_modules, and the hops
-#                       of both Channels in Run. Everything else is a loop over the parties.
+#   a third party       the step functions (and the example above), make_plan, an option
+#                       NAME_modules, and the hops of Channel. All else loops over the
+#                       parties.
 #   a real network      Channel.push and pull; evaluate and hand_over, divided in two
 # Then run --max-steps 1 --epochs 1. It reports code outside of a party's working block,
 # tensors that go past the channel or stay in memory, and modules that are not updated.
 # ======================================================================================
 
 class UserError(Exception):
-    """An error that the user can fix: main() prints it as one line and exits with code 2."""
+    """An error that the user can fix. main() prints its one line and returns 2."""
 
 
 # ---- 6. Data -------------------------------------------------------------------------
@@ -687,10 +703,12 @@ class UserError(Exception):
 class DataSet:
     """All that the program needs to know about a data set.
 
-    load: a function of the options that returns [(images, labels), (images, labels)], for
-    training and for testing: images (N, C, H, W) uint8, labels (N,) int64. The training set
-    should be in random order, because each client gets a part of it in one piece.
+    load: a function of the options that returns [(images, labels), (images, labels)],
+    for training and for testing: images (N, C, H, W) uint8, labels (N,) int64. The
+    training set should be in random order, because each client gets a part of it in one
+    piece.
     """
+
     load: Callable
     classes: int
     image_shape: tuple          # (C, H, W)
@@ -728,12 +746,12 @@ def load_cifar(options):
             for part in parts]
 
 def synthetic(seed, sizes=(2560, 1000)):
-    """Images of ten classes, made in memory, that a network has to be trained to tell apart.
+    """Images of ten classes, made in memory, that take training to tell apart.
 
     Each class has a grey pattern. An image shows it bright or dark, at a random place,
     under coloured clutter and noise. All classes have the same mean image, so a linear
-    model on pixels finds little. The clutter has no brightness, so a trained convolution
-    can remove it, but random features mix it with the pattern.
+    model on pixels finds little. The clutter has no brightness, so a trained
+    convolution can remove it, but random features mix it with the pattern.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -766,12 +784,12 @@ DATA_SETS = {
 }
 
 def crop(images, top, left, height, width):
-    """From each image (B, C, H, W) the window whose upper left corner is at top, left (B,)."""
+    """From each image (B, C, H, W) the window with its corner at top, left: (B,) each."""
     windows = images.unfold(2, height, 1).unfold(3, width, 1)       # a view of all windows
     return windows[torch.arange(len(images)), :, top, left]
 
 def augment(images, data_set, generator):
-    """A random crop of each padded image. Half of them are mirrored, if the data set allows."""
+    """A random crop of each padded image. If the data set allows, half are mirrored."""
     count, _, height, width = images.shape
     padding = data_set.padding
     padded = F.pad(images, (padding, padding, padding, padding))
@@ -798,7 +816,7 @@ def training_batches(images, labels, size, data_set, generator):
         yield to_float(augment(images[index], data_set, generator)), labels[index]
 
 def test_batches(images, labels, size):
-    """Yield the images as they are, in their order: x (B, C, H, W) float32, y (B,) int64."""
+    """Yield the images as they are: x (B, C, H, W) float32, y (B,) int64."""
     for index in equal_batches(torch.arange(len(labels)), size):
         yield to_float(images[index]), labels[index]
 
@@ -806,14 +824,15 @@ def test_batches(images, labels, size):
 # ---- 7. Options ----------------------------------------------------------------------
 
 def option(default, text, choices=None, least=None):
-    """A field of Options: its default, its line of --help, its choices or its least value."""
+    """A field of Options: its default, its line of --help, its choices or least value."""
     return field(default=default, metadata={"text": text, "choices": choices, "least": least})
 
-CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4, 1/3, 1/2 of the layers
+CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4, 1/3, 1/2
 
 @dataclass
 class Options:
-    """Everything that a training run depends on. The defaults are the recipe for CIFAR."""
+    """Everything a training run depends on. The defaults are the recipe for CIFAR."""
+
     mode: str = option("compare", "protocol, or both one after the other",
                        ["compare", "backprop", "decoupled"])
     dataset: str = option("synthetic", "images to learn", DATA_SETS)
@@ -883,9 +902,9 @@ def parse(argv):
 STEPS = {"backprop": backprop_step, "decoupled": decoupled_step}
 
 def build_parties(options, total_steps, device):
-    """The parties of a training run, with new weights. Both modes start with the same network."""
+    """The parties of a run, with new weights. Both modes start with the same network."""
     data_set = DATA_SETS[options.dataset]
-    torch.manual_seed(options.seed)         # the auxiliary classifiers are made after the layers
+    torch.manual_seed(options.seed)
 
     # For another network put its list of layers here. (--depth then has no effect.)
     layers = resnet_layers(options.depth, data_set.classes, channels=data_set.image_shape[0])
@@ -927,6 +946,7 @@ def make_plan(options, layer_count):
 
 class Run:
     """One training run: its parties, its channel, and how far it has got."""
+
     def __init__(self, options, train_set, test_set, device):
         self.options = options
         self.device = device
@@ -972,11 +992,14 @@ class Run:
                 for hop, kinds in self.bytes_per_batch.items() if any(kinds.values())]
         say(f"  a batch of {options.batch_size} images sends {', '.join(sent)}")
 
+    def epoch_seed(self):
+        """So that both modes see the same batches, and a resumed run does, too."""
+        return self.options.seed * 1_000_003 + self.epoch
+
     def stream(self):
-        """Yield (x, y, whether this is the last batch of a client), client after client."""
+        """Yield (x, y, whether this is the client's last batch), client after client."""
         options = self.options
-        # Seeded by the epoch: both modes see the same batches, and so does a resumed run.
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.epoch_seed())
         for images, labels in self.shards:
             left = math.ceil(len(labels) / options.batch_size)
             for x, y in training_batches(images, labels, options.batch_size,
@@ -986,7 +1009,7 @@ class Run:
 
     def train_epoch(self):
         """Train on each batch of an epoch. Return the figures of the epoch."""
-        torch.manual_seed(self.options.seed * 1_000_003 + self.epoch)    # for layers like dropout
+        torch.manual_seed(self.epoch_seed())        # for layers like dropout
         self.channel.reset()
         for party in self.parties:
             party.train()
@@ -1102,10 +1125,10 @@ def check_losses(losses, number):
 def evaluate(parties, channel, batches):
     """The test accuracy of each party's last classifier: {party name: fraction or None}.
 
-    That of the last party is the accuracy of the whole network. The others answer with an
-    auxiliary classifier, or not at all (None), as in backprop mode. No labels are sent: it
-    is not a party that compares. FloatingPointError if scores are not finite: then the
-    weights have diverged in the last update.
+    That of the last party is the accuracy of the whole network. The others answer with
+    an auxiliary classifier, or not at all (None), as in backprop mode. No labels are
+    sent: it is not a party that compares. FloatingPointError if scores are not finite:
+    then the weights have diverged in the last update.
     """
     for party in parties:
         party.eval()
@@ -1134,12 +1157,12 @@ def evaluate(parties, channel, batches):
 # ---- 9. Checkpoint: all that the next epoch needs, the halves of all parties ---------
 
 def parts_of(party):
-    """What is saved of a party: a dictionary of objects with a state_dict for each module."""
+    """What is saved of each module of a party: objects that have a state_dict."""
     return [{"module": module, "optimizer": module.optimizer, "schedule": module.schedule}
             for module in party]
 
 def draft_of(path):
-    """Where a checkpoint is first written. One fixed name, so a killed save leaves one file."""
+    """Where a checkpoint is first written. The name is fixed: the next save replaces it."""
     return path + ".partial"
 
 def save(run, path):
@@ -1169,7 +1192,7 @@ def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 def restore(parties, states):
-    """Put the states of a checkpoint into parties. ValueError if the parties are others."""
+    """Put the states of a checkpoint into parties. ValueError for other parties."""
     if list(states) != [party.name for party in parties]:
         raise ValueError(f"the checkpoint has the parties {list(states)}")
     for party in parties:
@@ -1183,19 +1206,24 @@ def restore(parties, states):
 def measure_memory(build_parties, step, channel, x, y):
     """Run one training step under the ledger. Return its figures: see `Ledger.figures`.
 
-    The parties are built for this purpose, so that the training loop does not know of the
-    ledger. A first step, which is not watched, creates the momentum. RuntimeError if it does
-    not update each module exactly once, if tensors of a batch are alive after a step, or if
-    a party reads what was not sent to it.
+    The parties are built for this purpose, so that the training loop does not know of
+    the ledger. A first step, which is not watched, creates the momentum. RuntimeError if
+    a step does not update each module exactly once, does not return the loss of each
+    party that has a classifier, leaves tensors of a batch in memory, or lets a party read
+    what was not sent to it.
     """
     parties = build_parties()
-    step(*parties, channel, x, y)
+    losses = step(*parties, channel, x, y)
     for party in parties:
         for number, module in enumerate(party):
             updates = module.schedule.last_epoch
             if updates != 1:
                 raise RuntimeError(f"one step updated module {number} of the {party.name} "
                                    f"{updates} times, not once")
+
+    classifying = {party.name for party in parties if party[-1].head is not None}
+    if set(losses) != classifying:
+        raise RuntimeError(f"a step returned the losses of {set(losses)}, not {classifying}")
 
     channel.reset()
     ledger = Ledger(parties, channel, batch=(x, y))
@@ -1207,9 +1235,10 @@ def measure_memory(build_parties, step, channel, x, y):
     return ledger.figures()
 
 def link_seconds(summary, steps):
-    """Seconds per epoch if each party were a machine of its own. Arithmetic: nothing waits.
+    """Seconds per epoch if each party were a machine of its own. Nothing really waits.
 
-    bandwidth: Mbit/s of each hop. latency: ms in one direction. steps: batches per epoch.
+    bandwidth: Mbit/s of each hop. latency: ms in one direction. steps: batches per
+    epoch.
     """
     def transfer(hop):
         return 8 * sum(summary["bytes"][hop].values()) / (summary["bandwidth"] * 1e6)
@@ -1225,8 +1254,8 @@ def link_seconds(summary, steps):
         # A chain: each batch goes through all stages before the next one begins.
         return sum(stages) + len(hops) * latency * steps + relay
 
-    # A pipeline: all stages work at the same time, and the slowest sets the pace. Each of
-    # the others adds the time of one batch, when the pipeline is filled and emptied.
+    # A pipeline: all stages work at the same time, and the slowest sets the pace. Each
+    # of the others adds the time of one batch, when the pipeline is filled and emptied.
     slowest = max(stages)
     return slowest + (sum(stages) - slowest) / steps + len(hops) * latency + relay
 
@@ -1236,8 +1265,8 @@ def link_seconds(summary, steps):
 def show(text, stream):
     """Print on a stream of any kind. Training never depends on a stream.
 
-    It may be None (closed), a pipe whose reader has gone, limited to ASCII, or an object
-    that a notebook, an IDE or a test has put there.
+    It may be None (closed), a pipe whose reader has gone, limited to ASCII, or an
+    object that a notebook, an IDE or a test has put there.
     """
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
@@ -1247,7 +1276,7 @@ def show(text, stream):
         pass
 
 def say(line, passing=False):
-    """Print a line on stderr. A passing line is for a terminal only, and the next replaces it."""
+    """Print a line on stderr. A passing line is for terminals; the next replaces it."""
     try:
         terminal = sys.stderr.isatty()
     except Exception:
@@ -1271,7 +1300,7 @@ def write_log(path, record):
                         f"name another file") from error
 
 def table_rows(summary):
-    """The rows of one run's column: [(name, unit, value)]. None means: does not apply."""
+    """One run's column of the table: [(name, unit, value)]. None: does not apply."""
     accuracy = summary["accuracy"]
     memory = summary["memory"]
     seconds = summary["seconds"]
@@ -1345,7 +1374,7 @@ def report(summaries):
     except UnicodeError:
         levels = " .:-=+*%@"
     lines = table(summaries)
-    lines += ["", "Live memory over one training step, operator by operator; peak at the right:"]
+    lines += ["", "Live memory over one training step, operator by operator, and its peak:"]
     lines += picture(summaries, levels)
     show("\n".join(lines) + "\n", sys.stdout)
 
@@ -1380,7 +1409,7 @@ def is_same_file(one, other):
     return os.path.realpath(one) == os.path.realpath(other)
 
 def check_paths(options):
-    """UserError if --log or --checkpoint cannot be written, or if they are the same file."""
+    """UserError if --log or --checkpoint cannot be written, or are the same file."""
     if options.log:
         check_file("--log", options.log)
     if options.checkpoint:
@@ -1391,7 +1420,7 @@ def check_paths(options):
                                 f"name another one")
 
 def options_by_mode(options):
-    """The options of each run. In compare mode run.pt becomes run.backprop.pt and so on."""
+    """The options of each run. In compare mode run.pt becomes run.backprop.pt, ..."""
     if options.mode != "compare":
         return [options]
     root, extension = os.path.splitext(options.checkpoint)
@@ -1411,7 +1440,8 @@ def experiment(options):
         raise UserError(f"--clients {options.clients}: more than the {len(train_set[1])} "
                         f"training images")
 
-    # Make all runs before training one: a bad checkpoint of the second is found at once.
+    # Make all runs before training one: a bad checkpoint of the second is found at
+    # once.
     runs = [Run(run_options, train_set, test_set, device) for run_options in runs_options]
     for run in runs:
         run.introduce()

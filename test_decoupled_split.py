@@ -197,6 +197,8 @@ def test_groups_of_layers_are_consecutive_and_as_equal_as_the_paper_has_them():
     assert ds.group_ends(0, 7, 1) == [7]
     assert ds.group_ends(0, 7, 3) == [3, 6, 7]
     assert ds.group_ends(15, 58, 3) == [30, 45, 58]
+    with pytest.raises(ValueError, match="no layer from 7 to 5"):
+        ds.group_ends(7, 5, 1)
     with pytest.raises(ValueError, match="6 layers can be split into 1, 2, 3, 6 groups"):
         ds.group_ends(7, 13, 4)
 
@@ -715,12 +717,15 @@ def test_the_bytes_of_a_chain_worked_out_by_hand():
     del a, b
     assert ledger.live == ledger.static
 
+LOSSES = dict.fromkeys(("client", "edge", "server"), 1.0)
+
 def forget_the_clock(client, edge, server, channel, x, y):
     with client.working():
         z, _ = ds.train_locally(client, x, y)
     z, _ = ds.train_locally(edge, z, y)
     with server.working():
         ds.train_locally(server, z, y)
+    return LOSSES
 
 def forget_the_training(client, edge, server, channel, x, y):
     with client.working():
@@ -729,6 +734,11 @@ def forget_the_training(client, edge, server, channel, x, y):
         z = edge(z).detach()
     with server.working():
         ds.train_locally(server, z, y)
+
+def forget_a_loss(*args):
+    losses = three_party_step(*args)
+    del losses["edge"]
+    return losses
 
 def update_without_a_backward_pass(client, edge, server, channel, x, y):
     with edge.working():
@@ -742,11 +752,13 @@ def work_inside_another(client, edge, server, channel, x, y):
             z, _ = ds.train_locally(edge, z, y)
     with server.working():
         ds.train_locally(server, z, y)
+    return LOSSES
 
 def forget_to_receive(client, edge, server, channel, x, y):
-    three_party_step(client, edge, server, channel, x, y)
+    losses = three_party_step(client, edge, server, channel, x, y)
     with client.working():
         channel.send(client(x), "client to edge", "activations")
+    return losses
 
 def send_over_an_unknown_hop(client, edge, server, channel, x, y):
     with client.working():
@@ -764,6 +776,7 @@ def pass_a_tensor_by_hand(client, edge, server, channel, x, y):
         z, _ = ds.train_locally(edge, z, channel.receive("client to edge", "labels"))
     with server.working():
         ds.train_locally(server, z, y)
+    return LOSSES
 
 def read_the_original_of_what_was_sent(client, edge, server, channel, x, y):
     with client.working():
@@ -775,6 +788,7 @@ def read_the_original_of_what_was_sent(client, edge, server, channel, x, y):
         ds.train_locally(edge, z, channel.receive("client to edge", "labels"))
     with server.working():
         ds.train_locally(server, x, y)
+    return LOSSES
 
 def forget_to_send_the_labels(client, edge, server, channel, x, y):
     with client.working():
@@ -784,6 +798,7 @@ def forget_to_send_the_labels(client, edge, server, channel, x, y):
         ds.train_locally(edge, channel.receive("client to edge", "activations"), y)
     with server.working():
         ds.train_locally(server, x, y)
+    return LOSSES
 
 def work_in_the_name_of_another(client, edge, server, channel, x, y):
     with client.working():
@@ -791,6 +806,7 @@ def work_in_the_name_of_another(client, edge, server, channel, x, y):
         ds.train_locally(edge, z, y)
     with server.working():
         ds.train_locally(server, x, y)
+    return LOSSES
 
 @pytest.mark.parametrize("step, error, message", [
     (pass_a_tensor_by_hand, RuntimeError, "the edge reads what the client did not send"),
@@ -799,6 +815,7 @@ def work_in_the_name_of_another(client, edge, server, channel, x, y):
     (work_in_the_name_of_another, RuntimeError, "the client reads what the edge did not send"),
     (forget_the_clock, RuntimeError, "working"),
     (forget_the_training, RuntimeError, "module 0 of the edge 0 times"),
+    (forget_a_loss, RuntimeError, "losses of"),
     (update_without_a_backward_pass, RuntimeError, "without a backward pass"),
     (work_inside_another, RuntimeError, "'client', 'edge'"),
     (forget_to_receive, RuntimeError, "still holds"),
