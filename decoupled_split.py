@@ -26,8 +26,8 @@ Method: "Decoupled Split Learning via Auxiliary Loss", Zihad et al. 2026, arXiv 
 
 Measured with --dataset cifar100 --amp (ResNet-20, ten epochs, seed 0, two CPU cores):
 
-    backprop    58.8% accuracy    3.28 GB sent per epoch    118 MiB peak on one host
-    decoupled   58.0%             1.64 GB                    76 MiB
+    backprop    58.4% accuracy    3.28 GB sent per epoch    118 MiB peak on one host
+    decoupled   57.2%             1.64 GB                    76 MiB
 
 The paper claims the same accuracy, half of the bytes, and up to 58% less peak memory.
 
