@@ -633,6 +633,10 @@ def test_an_auxiliary_classifier_can_narrow_and_can_stand_on_a_vector():
     assert narrowing(torch.randn(2, 8, 8, 8)).shape == (2, 5)
     assert on_a_vector(torch.randn(2, 6)).shape == (2, 5)
 
+def test_an_auxiliary_classifier_for_a_sequence_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="no auxiliary classifier for z of shape"):
+        ds.auxiliary_classifier([(1, 7, 16), (1, 5)], 1, 1, 5)
+
 # A chain of three parties, each one linear layer of 4 x 4 = 16 weights, 64 bytes. With its
 # momentum a layer is 128 bytes. The heads have 4 x 3 = 12 weights, 48 bytes, and with
 # momentum 96. So each party keeps 224 bytes between two batches.
@@ -2400,7 +2404,7 @@ def test_the_example_at_the_end_of_part_one_runs_as_it_stands(capsys):
     text = (HERE / "decoupled_split.py").read_text()
     example = text.split("# ---- Part I in use")[1].split("# ====")[0]
     code = "\n".join(line[2:] for line in example.splitlines()[2:])
-    names = {**vars(ds), "batches": BATCHES[:2]}
+    names = dict(vars(ds))
 
     exec(code, names)
 
@@ -2409,7 +2413,7 @@ def test_the_example_at_the_end_of_part_one_runs_as_it_stands(capsys):
 def test_part_one_can_be_copied_and_torchvision_is_only_imported_for_cifar(tmp_path):
     text = (HERE / "decoupled_split.py").read_text()
     part_one = text.split("# PART II")[0]
-    part_one = re.sub(r"# and Part II needs these, too.*?\n\n", "", part_one, flags=re.DOTALL)
+    part_one = re.sub(r"# Only Part II needs these.*?\n\n", "", part_one, flags=re.DOTALL)
     assert "argparse" not in part_one
     (tmp_path / "copied.py").write_text(part_one)
     code = """if True:
