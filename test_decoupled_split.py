@@ -1136,6 +1136,12 @@ def test_ledger_charges_what_a_party_keeps_once():
 
     assert ledger.live == {"client": 200 + 4 * 3 * 4 + 8}   # 4 x 3 floats and a counter
 
+def test_ledger_charges_what_two_parties_share_to_the_first_of_them():
+    shared = nn.Linear(10, 5, bias=False)
+    parties = [ds.Party(name, [ds.LocalModule([shared], None, plain_sgd)]) for name in "ab"]
+
+    assert ds.Ledger(parties).live == {"a": 200, "b": 0}
+
 def test_ledger_does_not_charge_what_was_there_before_it_was_entered():
     party = ds.Party("client", [])
     batch = torch.zeros(100)
