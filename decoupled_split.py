@@ -255,7 +255,7 @@ class Party(nn.Sequential):
     @contextmanager
     def working(self):
         """Inside this block the clock runs, and the ledger charges this party."""
-        wait_for_gpu()          # a GPU works asynchronously: first let it finish
+        wait_for_gpu()
         start = time.perf_counter()
         self.at_work = True
         try:
@@ -266,6 +266,7 @@ class Party(nn.Sequential):
             self.seconds += time.perf_counter() - start
 
 def wait_for_gpu():
+    """A GPU works asynchronously. Return when it has finished what it was asked to do."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -876,10 +877,13 @@ class Options:
 FREE_ON_RESUME = ["device", "data_dir", "bandwidth", "latency", "checkpoint", "log"]
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):           # argparse calls this for what it does not understand
+    """A parser whose errors are user errors like all others."""
+
+    def error(self, message):
         raise UserError(message)
 
 def flag(name):
+    """batch_size -> --batch-size"""
     return "--" + name.replace("_", "-")
 
 def parse(argv):
@@ -1130,6 +1134,7 @@ class Run:
                             f"{saved['options'].get(name)}, not {own[name]}; use another path")
 
 def check_losses(losses, number):
+    """FloatingPointError for a loss that is not finite. number: of the step in its epoch."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {name}'s loss is {loss} at step {number}")
@@ -1395,6 +1400,7 @@ def report(summaries):
 # ---- 12. Command line ----------------------------------------------------------------
 
 def choose_device(name):
+    """The torch.device of that name. UserError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     for candidate in available:
@@ -1417,6 +1423,7 @@ def check_file(name, path, make_folder=False):
                         f"name another place") from error
 
 def is_same_file(one, other):
+    """Whether two paths lead to one file, by links too. Neither has to exist."""
     if os.path.exists(one) and os.path.exists(other):
         return os.path.samefile(one, other)
     return os.path.realpath(one) == os.path.realpath(other)
