@@ -147,8 +147,7 @@ def backprop_step(client, server, channel, x, y):
         channel.send(z_received.grad, "down", "gradients")      # as large as z
         server.update()
         server_loss = loss.item()
-        # The server is done with this batch. Free its tensors before the client goes
-        # on.
+        # The server is done with this batch: free its tensors before the client works.
         del z_received, y_received, scores, loss
 
     with client.working():
@@ -623,8 +622,7 @@ class Ledger(TorchDispatchMode):
 
     def charge(self, name, new):
         # PyTorch keeps one Python object per storage for as long as the storage lives.
-        # So it is recognised here, and `finalize` calls `release` when the memory is
-        # freed.
+        # So it is recognised here, and `finalize` calls `release` when it is freed.
         for storage in new:
             if storage in self.owners:
                 continue
@@ -1456,12 +1454,13 @@ def experiment(options):
 
     sets = DATA_SETS[options.dataset].load(options)
     train_set, test_set = [[tensor.to(device) for tensor in pair] for pair in sets]
-    if options.clients > len(train_set[1]):
-        raise UserError(f"--clients {options.clients}: more than the {len(train_set[1])} "
-                        f"training images")
+    count = len(train_set[1])
+    for name in ("clients", "batch_size"):
+        value = getattr(options, name)
+        if value > count:
+            raise UserError(f"{flag(name)} {value}: more than the {count} training images")
 
-    # Make all runs before training one: a bad checkpoint of the second is found at
-    # once.
+    # Make all runs before training one, so that a bad checkpoint is found at once.
     runs = [Run(run_options, train_set, test_set, device) for run_options in runs_options]
     for run in runs:
         run.introduce()

@@ -2261,6 +2261,7 @@ def test_a_closed_or_full_stream_ends_quietly(tmp_path):
 BAD = """--depth 21, --depth 2, --depth -4, --client-modules 8, --server-modules 9 --depth 14,
     --lr x, --client-modules 0, --server-modules 0, --clients 65, --clients 0, --max-steps -1,
     --epochs 0, --epochs -1, --epochs nan, --batch-size 0, --batch-size -8, --batch-size nan,
+    --batch-size 65,
     --lr 0, --lr -1, --lr nan, --lr 1e39, --lr inf, --weight-decay 1e39,
     --bandwidth 0, --bandwidth -5, --bandwidth nan, --latency -1,
     --latency nan, --latency inf, --weight-decay -1, --weight-decay nan, --seed -1,
@@ -2395,7 +2396,7 @@ def test_every_command_in_the_documents_runs(
             with pytest.raises(SystemExit, match="0"):
                 ds.main(argv)
         else:
-            short = "--depth 8 --batch-size 8 --max-steps 1 --epochs 1 --device cpu".split()
+            short = "--depth 8 --batch-size 4 --max-steps 1 --epochs 1 --device cpu".split()
             assert ds.main([*argv, *short]) == 0, command
         out = capsys.readouterr().out
         assert "client" in out and "(default: )" not in out
