@@ -2454,6 +2454,27 @@ def python_in(document, word):
     block, = [block for block in blocks if word in block]
     return block
 
+def test_the_notebook_cell_trains_both_modes_and_prints_the_table(small, capsys):
+    code = python_in("README.md", "ds.experiment")
+    assert '"--epochs", "1"' in code
+
+    exec(code.replace('"--epochs", "1"', '"--epochs", "1", "--depth", "8"'), {})
+
+    out = capsys.readouterr().out
+    down, header, *_ = out.splitlines()
+    assert down == str(dict.fromkeys(ds.KINDS, 0))
+    assert header.split() == ["backprop", "decoupled", "change"]
+
+def test_the_chart_of_the_readme_has_the_ratios_of_its_table():
+    text = (HERE / "README.md").read_text()
+    row = r"^\|.*\|.*\| ([\d.]+) M.* \| ([\d.]+) M.* \| −[\d.]+% \|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    bars = re.search(r"bar \[(.*)\]", text).group(1).split(",")
+
+    assert len(rows) == len(bars)
+    for (backprop, decoupled), bar in zip(rows, bars, strict=True):
+        assert float(bar) == pytest.approx(100 * float(decoupled) / float(backprop), abs=0.06)
+
 def test_the_snippet_on_compute_prints_the_operations_of_the_literature(capsys):
     exec(python_in("NOTES.md", "FlopCounterMode"), {})
 
