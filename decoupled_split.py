@@ -485,8 +485,8 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
     make_block: called as make_block(c_in, c_out, stride).
 
     After the blocks, pooling to 2x2 and a linear layer. With depth 0 it is the linear
-    layer of the paper (section IV-A), but on z pooled to 4x4: on all of z it diverges
-    at a normal learning rate (NOTES.md, section 5).
+    layer of the paper (section IV-A), but on z pooled to 4x4: on all of z it fails at
+    the default learning rate (NOTES.md, section 5).
     """
     _, c_in, *size = shapes[end - 1]
     if not size:                # z is a vector
