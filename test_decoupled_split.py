@@ -2477,6 +2477,22 @@ def test_the_chart_of_the_readme_has_the_ratios_of_its_table():
     for (backprop, decoupled), bar in zip(rows, bars, strict=True):
         assert float(bar) == pytest.approx(100 * float(decoupled) / float(backprop), abs=0.06)
 
+def test_the_readme_quotes_the_memory_and_the_picture_of_the_demo(small, capsys):
+    block, = [text for text in (HERE / "README.md").read_text().split("```") if "▁" in text]
+    quoted = [line for line in block.splitlines() if "MiB" in line]
+
+    assert ds.main(["--epochs", "1", "--max-steps", "1"]) == 0    # memory precedes training
+
+    printed = capsys.readouterr().out.splitlines()
+    assert len(quoted) == 6
+    for line in quoted:
+        start = re.match(r" *\w.*?(?=  |[▁-█])", line).group()
+        same_row, = [other for other in printed if other.startswith(start)]
+        assert len(line) == len(same_row)
+        numbers, expected = ([float(n) for n in re.findall(r"-?\d+\.\d+", text)]
+                             for text in (line, same_row))
+        assert numbers == pytest.approx(expected, rel=0.02)
+
 def test_the_snippet_on_compute_prints_the_operations_of_the_literature(capsys):
     exec(python_in("NOTES.md", "FlopCounterMode"), {})
 
