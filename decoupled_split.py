@@ -80,9 +80,10 @@ from itertools import islice
 # differ after the first update, because the weights do.)
 
 def train_locally(party, x, y):
-    """Train each module of a party on its own loss. Return the last output and loss.
+    """Train each module of a party on its own loss. Return output and loss of the last.
 
-    x: (B, ...) the input of the party. y: (B,) labels.
+    x: (B, ...) the input of the party. y: (B,) labels. The output is detached, the loss
+    is a number.
 
     With one module per party, a party needs about as much memory as in backprop mode,
     because all its activations are alive when its backward pass begins. A host then
@@ -288,8 +289,9 @@ class Channel:
 
     A hop is a direction in which tensors travel, known by its name: "up" and "down" in
     training, "relay" from one client to the next, "evaluation" for test images, which
-    are counted apart. `bytes[hop][kind]` counts what was sent. A hop that was not
-    announced, or a kind that is not in KINDS, is a KeyError.
+    are counted apart. `bytes[hop][kind]` counts what was sent. To send over a hop that
+    was not announced, or a kind that is not in KINDS, is a KeyError. To receive what was
+    not sent is a RuntimeError.
 
     wire: how activations and gradients are encoded. Labels take one byte each, and
     weights are sent as they are.
@@ -299,8 +301,8 @@ class Channel:
     receiver puts them on its own device. What stands under `with client.working()` in a
     step function is then the program of the client, and what stands under `with
     server.working()` that of the server. Evaluation and hand-over have to be divided in
-    the same way, and a client that has not trained yet must first make its momentum, as
-    it does in measure_memory.
+    the same way. A client that has not trained yet has no momentum to overwrite: before
+    its first hand-over it takes one step that does not count.
     """
 
     def __init__(self, wire="float32", hops=("up", "down", "relay", "evaluation")):
@@ -308,12 +310,15 @@ class Channel:
             raise ValueError(f"wire {wire!r} is not one of {WIRES}")
         self.wire = wire
         self.hops = hops
-        self.queues = {}
         self.crossing = set()           # storages that the receiver is reading just now
         self.reset()
 
     def reset(self):
-        """Begin to count at zero."""
+        """Begin to count at zero, and drop what was sent but not received.
+
+        Otherwise, after a step that was interrupted, the next one gets another batch.
+        """
+        self.queues = {}
         self.bytes = {hop: dict.fromkeys(KINDS, 0) for hop in self.hops}
 
     def send(self, tensor, hop, kind):
@@ -378,9 +383,9 @@ def quantize(tensor):
     """Return [values, low, scale] with tensor ~ values * scale + low.
 
     values: uint8, in the shape of the tensor. low, scale: float32, one number per
-    channel (dimension 1). The error is scale / 2 at most, apart from float32 rounding.
-    dL/dz is rounded like z, and a zero becomes a small number. So in backprop mode the
-    client learns from a coarse gradient.
+    channel (dimension 1), in a shape that broadcasts. The error is scale / 2 at most,
+    apart from float32 rounding. dL/dz is rounded like z, and a zero becomes a small
+    number. So in backprop mode the client learns from a coarse gradient.
     """
     tensor = tensor.float()
     all_but_channel = [d for d in range(tensor.dim()) if d != 1]
@@ -436,10 +441,12 @@ def classifier(channels, grid, classes):
 def resnet_layers(depth, classes, channels=3):
     """The ResNet for CIFAR (He et al. 2016, section 4.2) as a flat list of layers.
 
-    depth: 6n + 2. channels: of the images. The list has 3 + 3n + 1 entries. The stem
-    counts as three layers (convolution, batch-norm, ReLU) and a residual block as one, as
-    in the cuts of the paper.
+    depth: 6n + 2, or it is a ValueError. channels: of the images. The list has
+    3 + 3n + 1 entries. The stem counts as three layers (convolution, batch-norm, ReLU)
+    and a residual block as one, as in the cuts of the paper.
     """
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"a depth of {depth} is not 8, 14, 20 or another 6n + 2")
     blocks_per_width = (depth - 2) // 6
     layers = [
         nn.Conv2d(channels, 16, 3, padding=1, bias=False),
@@ -459,7 +466,8 @@ def resnet_layers(depth, classes, channels=3):
 def output_shapes(layers, example):
     """The output shape of every layer for one example image of shape (1, C, H, W).
 
-    ValueError, which names the layer, if a layer does not accept its input.
+    ValueError, which names the layer, if a layer does not accept its input. The layers
+    are in training mode afterwards.
     """
     shapes = []
     x = example
@@ -480,8 +488,8 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
 
     shapes: of the outputs of all layers, from `output_shapes`.
     depth: the number of blocks, at most one for each layer between z and the network's
-    classifier. A block has the output shape of one of these layers, and the layers
-    chosen are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
+    classifier. A block has the channels and the height of one of these layers, and the
+    layers chosen are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
     make_block: called as make_block(c_in, c_out, stride).
 
     After the blocks, pooling to 2x2 and a linear layer. With depth 0 it is the linear
@@ -509,11 +517,11 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
     return nn.Sequential(*blocks, *classifier(c_in, grid, classes))
 
 def group_ends(start, stop, count):
-    """Split layers start..stop into `count` consecutive groups. Return their ends.
+    """Split layers start to stop - 1 into `count` consecutive groups. Return their ends.
 
-    Each group has ceil(n / count) of the n layers, and the last one may be shorter, as
-    in the public code of the authors. Not every count is possible: ValueError, which
-    names those that are.
+    An end is the number of the layer after the group. Each group has ceil(n / count) of
+    the n layers, and the last one may be shorter, as in the public code of the authors.
+    Not every count is possible: ValueError, which names those that are.
     """
     n = stop - start
     if n < 1:
@@ -530,16 +538,18 @@ def cut_network(layers, plan, make_head, make_optimizer, autocast_dtype=None):
 
     plan: where the modules of each party end, in the order of the layers. With the plan
     {"client": [7], "server": [10, 13]} the client has layers 0 to 6 in one module, and
-    the server has layers 7 to 9 and 10 to 12 in two. A third party is a third key.
+    the server has layers 7 to 9 and 10 to 12 in two. A third party is a third key. A
+    plan that does not cut all layers is a ValueError.
+    layers: they are not copied. Two networks need two lists, or they share weights.
     make_head: called as make_head(end) for every module but the last, returns its
     auxiliary classifier. In backprop mode it returns None.
     make_optimizer, autocast_dtype: see LocalModule.
     """
     ends = [end for party_ends in plan.values() for end in party_ends]
+    if not ends or not all(plan.values()):
+        raise ValueError(f"a party without a module in {plan}")
     if ends != sorted(set(ends)) or ends[0] < 1 or ends[-1] != len(layers):
         raise ValueError(f"the ends {ends} must increase and stop at {len(layers)}")
-    if not all(plan.values()):
-        raise ValueError(f"a party without a module in {plan}")
 
     parties = []
     start = 0
@@ -700,7 +710,7 @@ def peaks_of_groups(row, width):
 # Then run --max-steps 1 --epochs 1. It checks the step functions: operators outside of a
 # `with party.working()`, tensors that go past the channel or stay in memory, modules that
 # are not updated, and losses that are not returned. (evaluate and hand_over are not
-# checked. --clients 2 runs hand_over.)
+# checked. --clients 2 runs hand_over, but not with --max-steps.)
 # ======================================================================================
 
 class UserError(Exception):
@@ -723,7 +733,7 @@ class DataSet:
     classes: int
     image_shape: tuple          # (C, H, W)
     padding: int                # black pixels around an image before a random crop
-    flip: bool                  # whether a mirrored image still belongs to its class
+    flip: bool                  # whether to mirror half of the training images
     recipe: dict                # options that have another default for this data set
 
 def load_cifar(options):
@@ -794,7 +804,10 @@ DATA_SETS = {
 }
 
 def crop(images, top, left, height, width):
-    """From each image (B, C, H, W) the window with its corner at top, left: (B,) each."""
+    """One window (height, width) from each image (B, C, H, W): (B, C, height, width).
+
+    top, left: (B,) the upper left corner of each window.
+    """
     windows = images.unfold(2, height, 1).unfold(3, width, 1)       # a view of all windows
     return windows[torch.arange(len(images)), :, top, left]
 
@@ -837,7 +850,7 @@ def option(default, text, choices=None, least=None):
     """A field of Options: its default, its line of --help, its choices or least value."""
     return field(default=default, metadata={"text": text, "choices": choices, "least": least})
 
-CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4, 1/3, 1/2
+CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4 of the layers, ...
 
 @dataclass
 class Options:
@@ -1006,7 +1019,7 @@ class Run:
         say(f"  a batch of {options.batch_size} images sends {', '.join(sent)}")
 
     def epoch_seed(self):
-        """So that both modes see the same batches, and a resumed run does, too."""
+        """The seed of this epoch: the same in both modes, and after a resume."""
         return self.options.seed * 1_000_003 + self.epoch
 
     def stream(self):
@@ -1232,7 +1245,7 @@ def measure_memory(build_parties, step, channel, x, y):
     losses = step(*parties, channel, x, y)
     for party in parties:
         for number, module in enumerate(party):
-            updates = module.schedule.last_epoch
+            updates = module.schedule.last_epoch        # 0 before the first update
             if updates != 1:
                 raise RuntimeError(f"one step updated module {number} of the {party.name} "
                                    f"{updates} times, not once")
@@ -1253,8 +1266,8 @@ def measure_memory(build_parties, step, channel, x, y):
 def link_seconds(summary, steps):
     """Seconds per epoch if each party were a machine of its own: a calculation.
 
-    bandwidth: Mbit/s of each hop. latency: ms in one direction. steps: batches per
-    epoch.
+    summary: of Run.train. Its bandwidth is that of each hop in Mbit/s, its latency is
+    in one direction in ms, its seconds were measured here. steps: batches per epoch.
     """
     def transfer(hop):
         return 8 * sum(summary["bytes"][hop].values()) / (summary["bandwidth"] * 1e6)
@@ -1407,7 +1420,10 @@ def choose_device(name):
     raise UserError(f"--device {name}: not available here")
 
 def check_file(name, path, make_folder=False):
-    """UserError if a file cannot be written at this path. Changes nothing there."""
+    """UserError if a file cannot be written at this path. Changes no file.
+
+    make_folder: make the folder it is to lie in.
+    """
     folder = os.path.dirname(path) or "."
     try:
         if make_folder:

@@ -874,6 +874,17 @@ def test_channel_counts_the_encoded_bytes_and_shares_nothing(wire, hop, kind, te
     channel.reset()
     assert count_of(channel) == {}
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_an_interrupted_step_has_sent_does_not_reach_the_next_one(mode):
+    interrupted, clean = make_parties(mode), make_parties(mode)
+    channel = ds.Channel()
+    channel.send(interrupted[0](BATCHES[0][0]), "up", "activations")      # then it was stopped
+
+    channel.reset()
+    losses = train(mode, interrupted, channel, [BATCHES[1]])
+
+    assert losses == train(mode, clean, ds.Channel(), [BATCHES[1]])
+
 def test_bfloat16_wire_rounds_as_torch_does():
     channel = ds.Channel("bfloat16")
 
@@ -1293,6 +1304,11 @@ def test_client_modules_cut_the_peak_of_the_client():
              for n in (1, 7)]
 
     assert peaks[1]["client_peak"] < 0.5 * peaks[0]["client_peak"]
+
+@pytest.mark.parametrize("depth", [2, 7, 18, 34])
+def test_a_depth_that_is_not_6n_plus_2_is_an_error(depth):
+    with pytest.raises(ValueError, match=f"depth of {depth}"):
+        ds.resnet_layers(depth, 10)
 
 @pytest.mark.parametrize("options, saving", [
     ({"cut": "deep"}, 28.8),
