@@ -1,5 +1,6 @@
-"""Tests of decoupled_split.py. Each compares the program with something that is not its own code:
+"""Tests of decoupled_split.py. Most compare the program with something that is not its own code:
 plain PyTorch, torchvision, PyTorch's allocator, two real processes, or numbers worked out by hand.
+The others see to it that its parts, tested in this way, are put together as they should be.
 
     pytest                              all tests: no network, one to two minutes on two cores
     python test_decoupled_split.py      the benchmark: milliseconds per training step
@@ -50,7 +51,8 @@ CUTS_AND_MODULES = [("deep", 1, 1), ("middle", 1, 1), ("shallow", 1, 1), ("deep"
 ENV = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(HERE),
+    "PYTHONIOENCODING": "utf-8",
+    "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
 }
 
@@ -118,6 +120,10 @@ def count_of(channel):
     return {(hop, kind): count for hop, kinds in channel.bytes.items()
             for kind, count in kinds.items() if count}
 
+def text_of(name):
+    """The text of a file of the project."""
+    return (HERE / name).read_text(encoding="utf-8")
+
 def log_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -141,7 +147,7 @@ def refused(capsys, small):
 @pytest.fixture(scope="module", autouse=True)
 def plain_command(tmp_path_factory):
     """The command of the README, shortened, as a process that runs beside the first tests."""
-    argv = [sys.executable, HERE / "decoupled_split.py", *"--max-steps 2 --epochs 1".split()]
+    argv = [sys.executable, HERE / "decoupled_split.py", *"--max-steps 2 --epochs 1 --device cpu".split()]
     process = subprocess.Popen(argv, cwd=tmp_path_factory.mktemp("plain"), text=True, env=ENV,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     yield process
@@ -156,6 +162,11 @@ def test_parameters_are_as_many_as_in_the_literature(depth, count):
     layers = ds.resnet_layers(depth, 10)
 
     assert sum(p.numel() for layer in layers for p in layer.parameters()) == count
+
+@pytest.mark.parametrize("depth", [2, 7, 18, 34])
+def test_a_depth_that_is_not_6n_plus_2_is_an_error(depth):
+    with pytest.raises(ValueError, match=f"depth of {depth}"):
+        ds.resnet_layers(depth, 10)
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cut, clients, servers", CUTS_AND_MODULES)
@@ -190,7 +201,7 @@ def test_the_client_has_a_quarter_a_third_or_half_of_the_layers(depth, cut, serv
 @pytest.mark.parametrize("depth, cut, shape", [
     (110, "deep", (32, 16, 16)), (110, "middle", (16, 32, 32)), (110, "shallow", (16, 32, 32)),
     (20, "deep", (32, 16, 16)), (8, "shallow", (16, 32, 32))])
-def test_shape_of_the_smashed_data(depth, cut, shape):
+def test_the_smashed_data_has_the_channels_and_the_size_at_the_cut(depth, cut, shape):
     client, _ = make_parties("decoupled", depth=depth, cut=cut)
 
     assert client(torch.zeros(2, 3, 32, 32)).shape == (2, *shape)
@@ -445,8 +456,13 @@ def test_every_parameter_has_one_optimizer_gets_a_gradient_and_moves(mode, count
     owned = [p for m in modules for group in m.optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in everything]
     reached = set()
+
+    def remember(p):
+        if p.grad.abs().sum() > 0:
+            reached.add(p)
+
     for p in everything:
-        p.register_post_accumulate_grad_hook(lambda p: p.grad.abs().sum() > 0 and reached.add(p))
+        p.register_post_accumulate_grad_hook(remember)
     steps = []
     for module in modules:
         module.optimizer.register_step_post_hook(lambda optimizer, *_: steps.append(optimizer))
@@ -1109,9 +1125,10 @@ def server_program(server, channel, mode):
         server.update()
         channel.send(z.grad, "down", "gradients")
 
-def one_party(rank, port, path):
+def one_party(rank, folder):
     """What one of the two processes does: its own half of the protocols, written out."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=30), 2, rank)
+    meeting = Path(folder, "meeting").as_uri()      # a file in which they find each other
+    dist.init_process_group("gloo", meeting, timedelta(seconds=60), 2, rank)
     result = []
     for mode, wire in CASES:
         party = make_parties(mode)[rank]        # the other half is on the other machine
@@ -1122,20 +1139,17 @@ def one_party(rank, port, path):
             else:
                 server_program(party, channel, mode)
         result.append((channel.arrived, kept(party)))
-    torch.save(result, path)
+    torch.save(result, Path(folder, str(rank)))
     dist.destroy_process_group()
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 def test_two_processes_over_a_socket_get_the_counted_bytes_and_the_same_weights(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = "import test_decoupled_split as t; t.one_party({}, {}, {!r})"
-    codes = [code.format(rank, port, str(tmp_path / str(rank))) for rank in (0, 1)]
+    code = "import test_decoupled_split as t; t.one_party({}, {!r})"
+    codes = [code.format(rank, str(tmp_path)) for rank in (0, 1)]
 
     halves = [subprocess.Popen([sys.executable, "-c", c], cwd=tmp_path, env=ENV) for c in codes]
     try:
-        assert [process.wait(timeout=60) for process in halves] == [0, 0]
+        assert [process.wait(timeout=120) for process in halves] == [0, 0]
     finally:
         for process in halves:
             process.kill()
@@ -1286,13 +1300,15 @@ def watched_step(mode, batch=BATCHES[0], wire="float32", **changes):
 def test_while_the_client_goes_backward_the_server_keeps_nothing_of_the_batch(wire):
     _, ledger = watched_step("backprop", wire=wire)
 
-    workers = [name for name, _ in ledger.trace]
     server = [live["server"] for _, live in ledger.trace]
-    end = len(workers) - workers[::-1].index("server")
+    last = max(number for number, (name, _) in enumerate(ledger.trace) if name == "server")
     received = 1 if wire == "float32" else 2        # operators that decode what is queued
-    assert set(server[end + received:]) == {ledger.static["server"]}
-    assert len(server) > end + 20
+    afterwards = server[last + 1 + received:]
+    assert set(afterwards) == {ledger.static["server"]}
+    assert len(afterwards) >= 20
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="other convolutions, which "
+                    "allocate memory inside")
 @pytest.mark.parametrize("mode", MODES)
 def test_ledger_peak_is_that_of_the_cpu_allocator(mode):
     x, y = BATCHES[0][0][:8], BATCHES[0][1][:8]
@@ -1383,21 +1399,16 @@ def test_client_modules_cut_the_peak_of_the_client():
 
     assert peaks[1]["client_peak"] < 0.5 * peaks[0]["client_peak"]
 
-@pytest.mark.parametrize("depth", [2, 7, 18, 34])
-def test_a_depth_that_is_not_6n_plus_2_is_an_error(depth):
-    with pytest.raises(ValueError, match=f"depth of {depth}"):
-        ds.resnet_layers(depth, 10)
-
-@pytest.mark.parametrize("options, saving", [
+@pytest.mark.parametrize("split, saving", [
     ({"cut": "deep"}, 28.8),
     ({"cut": "middle", "server_modules": 2}, 43.7),
     ({"cut": "shallow", "server_modules": 3}, 58.7),
     ({"cut": "deep", "client_modules": 2}, 58.2)])
-def test_host_peak_savings_of_resnet_110_reach_the_58_percent_of_the_paper(options, saving):
+def test_host_peak_savings_of_resnet_110_reach_the_58_percent_of_the_paper(split, saving):
     batch = BATCHES[0][0][:8], BATCHES[0][1][:8]
     peaks = {}
     for mode in MODES:
-        _, ledger = watched_step(mode, batch, depth=110, aux_depth=0, **options)
+        _, ledger = watched_step(mode, batch, depth=110, aux_depth=0, **split)
         static = sum(ledger.static.values())
         # All but the static state grows with the batch: 16 times as much for 128 images.
         peaks[mode] = static + 16 * (ledger.figures()["host_peak"] - static)
@@ -1430,14 +1441,16 @@ def test_training_images_are_windows_of_the_padded_image_half_of_them_mirrored(
     corners = list(itertools.product(places, places, (0, 1)))       # top, left, mirrored
     seen = []
 
+    def window(padded, top, left, mirrored):
+        image = TF.crop(padded, top, left, *shape[1:])
+        return TF.hflip(image) if mirrored else image
+
     for x, y in ds.training_batches(images, torch.arange(200), 64, data_set, generator):
         assert x.dtype == torch.float32 and x.shape[1:] == shape
         for got, n in zip((x * 64 + 128).to(torch.uint8), y):
             padded = TF.pad(images[n], padding)
-            windows = [TF.crop(padded, top, left, *shape[1:]) for top, left, m in corners if m]
-            windows = torch.stack(windows)
-            both = torch.stack([windows, TF.hflip(windows)], 1).flatten(0, 1)
-            match = (both == got).flatten(1).all(1)
+            windows = torch.stack([window(padded, *corner) for corner in corners])
+            match = (windows == got).flatten(1).all(1)
             assert match.sum() == 1
             seen.append(corners[match.nonzero().item()])
 
@@ -1480,8 +1493,8 @@ def test_the_batches_depend_on_the_seed_and_the_epoch_and_on_nothing_else():
         assert not any(torch.equal(a[1], b[1]) for a, b in zip(first, other, strict=True))
     # Not only the order: an image is augmented in another way, too.
     for other in (other_seed, other_epoch):
-        by_label = [{int(n): x for xs, ys in stream for x, n in zip(xs, ys)}
-                    for stream in (first, other)]
+        by_label = [{int(n): x for xs, ys in batches for x, n in zip(xs, ys)}
+                    for batches in (first, other)]
         equal = sum(torch.equal(by_label[0][n], by_label[1][n]) for n in range(50))
         assert equal < 5
 
@@ -1490,7 +1503,9 @@ def test_no_two_epochs_of_neighbouring_seeds_have_the_same_order():
     run.shards = [(TRAIN[0], torch.arange(64))]         # labels that tell the images apart
     orders = set()
 
-    for run.options.seed, run.epoch in itertools.product(range(3), range(4)):
+    for seed, epoch in itertools.product(range(3), range(4)):
+        run.options.seed = seed
+        run.epoch = epoch
         orders.add(tuple(torch.cat([y for _, y in stream_of(run)]).tolist()))
 
     assert len(orders) == 3 * 4
@@ -1532,6 +1547,7 @@ def test_the_clutter_of_the_synthetic_images_is_in_the_colours_and_the_pattern_i
 
 def test_a_linear_model_finds_little_in_the_synthetic_images():
     (x, y), (x_test, y_test) = [(ds.to_float(x).flatten(1), y) for x, y in ds.synthetic(0)]
+    torch.manual_seed(0)
     model = nn.Linear(3072, 10)
     adam = torch.optim.Adam(model.parameters(), 1e-3)
 
@@ -1721,6 +1737,10 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode(wire):
     images, labels = ds.synthetic(1, (1, 250))[1]
     client, server = make_parties("decoupled", lr=0.1, total_steps=12)
     train("decoupled", (client, server), ds.Channel(), BATCHES * 3)
+    x = (images.float() - 128) / 64
+    a, b = copy.deepcopy(client[0]).eval(), copy.deepcopy(server[0]).eval()
+    with torch.no_grad():
+        labels[:150] = a.head(a.body(x[:150])).argmax(1)    # so the client is right more often
     before = weights(client, server)
     channel = ds.Channel(wire)
     seen = []
@@ -1729,8 +1749,6 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode(wire):
     accuracy = ds.evaluate([client, server], channel, ds.test_batches(images, labels, 16))
 
     # The oracle sends z over the same wire, in the same batches, with a channel of its own.
-    a, b = copy.deepcopy(client[0]).eval(), copy.deepcopy(server[0]).eval()
-    x = (images.float() - 128) / 64
     own_channel = ds.Channel(wire)
     right = {"client": 0, "server": 0}
     with torch.no_grad():
@@ -1741,7 +1759,7 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode(wire):
             z = own_channel.receive("up", "activations")
             right["server"] += (b.head(b.body(z)).argmax(1) == y_part).sum().item()
     assert accuracy == {name: count / 250 for name, count in right.items()}
-    assert len(set(accuracy.values())) == 2             # else a mix-up would not show
+    assert accuracy["client"] > accuracy["server"] > 0      # else a mix-up would not show
     assert torch.equal(torch.cat(seen), x)              # as they are, in their order
     assert same(before, weights(client, server))
     assert channel.bytes["evaluation"]["activations"] == own_channel.bytes["up"]["activations"]
@@ -1766,11 +1784,6 @@ def test_evaluation_mode_ends_with_the_next_epoch():
     run.train_epoch()
 
     assert all(m.training for party in run.parties for m in party.modules())
-
-def test_backprop_has_no_auxiliary_accuracy():
-    accuracy = ds.evaluate(make_parties("backprop"), ds.Channel(), BATCHES[:1])
-
-    assert accuracy["client"] is None and 0 <= accuracy["server"] <= 1
 
 @pytest.mark.parametrize("name", ["client", "server"])
 def test_scores_that_are_not_finite_are_not_an_accuracy(name):
@@ -1813,7 +1826,7 @@ def test_the_seconds_of_an_epoch_are_those_of_this_epoch(mode):
     elapsed = time.perf_counter() - start
 
     assert 0 < seconds["client"] + seconds["server"] <= seconds["epoch"] <= elapsed
-    assert seconds["client"] > 0.05 * elapsed and seconds["server"] > 0.05 * elapsed
+    assert seconds["client"] > 0.01 * elapsed and seconds["server"] > 0.01 * elapsed
 
 def test_images_per_second_counts_images():
     run = make_run("backprop", max_steps=2)
@@ -1897,7 +1910,7 @@ def test_learning_rate_is_one_cycle_in_every_module_and_momentum_stays():
     assert first == sorted(first[:top]) + sorted(first[top:], reverse=True)
     assert momenta == {0.9}
 
-def test_an_epoch_can_end_early():
+def test_max_steps_ends_an_epoch_after_that_many_batches():
     run = make_run("decoupled", max_steps=3)
 
     run.train_epoch()
@@ -1983,7 +1996,7 @@ def test_each_batch_of_a_backprop_run_waits_twice_for_the_link():
 
 # ---- long runs -----------------------------------------------------------------------
 
-LONG = "--mode decoupled --depth 8 --epochs 5 --batch-size 16 --device cpu".split()
+LONG = "--mode decoupled --depth 8 --epochs 3 --batch-size 16 --device cpu".split()
 TINY = ("--mode decoupled --depth 8 --epochs 2 --max-steps 2 --batch-size 16 --device cpu "
         "--lr 0.05").split()
 
@@ -1991,19 +2004,23 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, small):
     a = tmp_path / "a.pt"
     b = tmp_path / "b.pt"
     log = tmp_path / "b.jsonl"
-    code = ("import decoupled_split as ds; whole = ds.synthetic;"           # `small` there too
-            "ds.synthetic = lambda seed: whole(seed, (64, 32)); ds.main()")
+    code = """if True:
+        import os
+        import decoupled_split as ds
+        step, whole, calls = ds.decoupled_step, ds.synthetic, []
+        def deadly_step(*args):
+            calls.append(args)
+            if len(calls) == 2 + 4 + 2:         # two measure the memory; then in epoch 2
+                os._exit(9)                     # like kill -9: nothing is tidied up
+            return step(*args)
+        ds.synthetic = lambda seed: whole(seed, (64, 32))
+        ds.STEPS["decoupled"] = deadly_step
+        ds.main()
+    """
     argv = [sys.executable, "-c", code, *LONG, "--checkpoint", b, "--log", log]
-    process = subprocess.Popen(argv, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 60
-        while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < end:
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
-    assert 1 <= len(log_of(log)) < 5                        # it was interrupted
-    assert torch.load(b, weights_only=True)["epoch"] < 5
+    process = subprocess.run(argv, env=ENV, stderr=subprocess.DEVNULL)
+    assert process.returncode == 9 and len(log_of(log)) == 1
+    assert torch.load(b, weights_only=True)["epoch"] == 1
 
     for path in (a, b):
         argv = [*LONG, "--checkpoint", str(path), "--log", str(path.with_suffix(".jsonl"))]
@@ -2015,7 +2032,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, small):
     assert all(torch.equal(p, q) if torch.is_tensor(p) else p == q
                for p, q in zip(*states, strict=True))
     assert [(e["event"], e.get("epoch")) for e in log_of(log)] == [
-        *(("epoch", n) for n in range(1, 6)), ("summary", None)]
+        *(("epoch", n) for n in range(1, 4)), ("summary", None)]
     whole, resumed = log_of(tmp_path / "a.jsonl")[-1], log_of(log)[-1]
     for key in ("test_accuracy", "aux_accuracy", "train_loss", "bytes", "memory"):
         assert whole[key] == resumed[key]
@@ -2048,7 +2065,7 @@ def test_what_a_killed_save_leaves_is_overwritten_by_the_next(tmp_path, small):
     assert ds.main([*TINY, "--checkpoint", str(path)]) == 0
 
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-    assert str(os.getpid()) not in draft.name
+    assert draft.name == "run.pt.partial"       # always the same name, not one per process
 
 def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(tmp_path, small, capsys):
     argv = [*TINY, "--checkpoint", str(tmp_path / "run.pt"), "--log", str(tmp_path / "log")]
@@ -2074,7 +2091,7 @@ def flip_a_byte(path):
     with zipfile.ZipFile(path) as file:
         entry = max(file.infolist(), key=lambda e: e.file_size)
     content = bytearray(path.read_bytes())
-    content[entry.header_offset + 1000] ^= 1
+    content[entry.header_offset + entry.file_size // 2] ^= 1
     path.write_bytes(content)
 
 def remove_a_party(path):
@@ -2144,7 +2161,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, checkpoint, refu
 CHANGES = {
     "mode": "backprop", "dataset": "cifar10", "depth": "14", "cut": "middle", "client_modules": "2",
     "server_modules": "3", "aux_depth": "0", "wire": "uint8", "clients": "2", "epochs": "3",
-    "batch_size": "8", "lr": "0.2", "weight_decay": "0.001", "amp": None, "seed": "1",
+    "batch_size": "8", "lr": "0.2", "weight_decay": "0.001", "amp": "True", "seed": "1",
     "max_steps": "3",
 }
 NO_CHANGE = {"device": "auto", "data_dir": "elsewhere", "bandwidth": "10", "latency": "5",
@@ -2159,12 +2176,12 @@ def test_every_option_either_may_or_may_not_change_on_resume():
 def test_a_checkpoint_of_another_configuration_is_refused(name, checkpoint, refused, monkeypatch):
     monkeypatch.setitem(ds.DATA_SETS, "cifar10", ds.DATA_SETS["synthetic"])
     content = checkpoint.read_bytes()
-    change = [ds.flag(name)] if CHANGES[name] is None else [ds.flag(name), CHANGES[name]]
+    change = [ds.flag(name)] if name == "amp" else [ds.flag(name), CHANGES[name]]
 
     line = refused(*TINY, "--checkpoint", checkpoint, *change)
 
     assert "--checkpoint" in line and f"its run had {ds.flag(name)} " in line
-    assert f", not {CHANGES[name] or True};" in line
+    assert f", not {CHANGES[name]};" in line
     assert checkpoint.read_bytes() == content
 
 @pytest.mark.parametrize("name", NO_CHANGE)
@@ -2259,7 +2276,7 @@ def test_a_line_of_the_log_has_the_figures_of_its_epoch(tmp_path, small):
     assert last["test_accuracy"] == summary["test_accuracy"]
     assert last["train_loss"] == summary["train_loss"] != first["train_loss"]
 
-def test_rows_of_the_table_worked_out_by_hand():
+def test_the_table_has_every_figure_in_its_unit_worked_out_by_hand():
     mib = 2**20
     summary = {
         "mode": "decoupled",
@@ -2399,11 +2416,13 @@ def test_an_ascii_stream_gets_an_error_that_it_cannot_spell(monkeypatch):
     assert b"--log no/such/folder/?: cannot be written" in stream.buffer.getvalue()
 
 @pytest.mark.skipif(os.name != "posix", reason="no shell")
-def test_a_closed_or_full_stream_ends_quietly(tmp_path):
+def test_a_closed_or_full_stream_gives_code_0_and_no_traceback(tmp_path):
     code = ("import sys, decoupled_split as ds; whole = ds.synthetic;"
             "ds.synthetic = lambda seed: whole(seed, (64, 32)); sys.exit(ds.main())")
     command = shlex.join([sys.executable, "-c", code, *TINY])
-    redirections = [">&- 2>&-", "| head -1 >/dev/null", ">/dev/full"]
+    redirections = [">&- 2>&-", "| head -1 >/dev/null"]
+    if os.path.exists("/dev/full"):
+        redirections.append(">/dev/full")
     processes = [
         subprocess.Popen(["bash", "-c", f"set -o pipefail; {command} {redirection}"],
                          cwd=tmp_path, env=ENV, text=True, stderr=subprocess.PIPE)
@@ -2472,13 +2491,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_remedy(mode, smal
     assert re.search(r"(client|server)'s loss is (nan|inf) at step [2-4] in epoch 1 .*--lr", line)
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("head_start", [True, False])
+@pytest.mark.parametrize("epochs", ["1", "2"])
 def test_a_last_update_that_diverges_stops_the_run_before_the_checkpoint(
-        mode, head_start, small, tmp_path, capsys):
+        mode, epochs, small, tmp_path, capsys):
     path = tmp_path / "run.pt"
-    argv = [*TINY, "--mode", mode, "--max-steps", "1", "--lr", "1e20", "--checkpoint", str(path)]
-    if not head_start:
-        argv += ["--epochs", "1"]
+    argv = [*TINY, "--mode", mode, "--epochs", epochs, "--max-steps", "1", "--lr", "1e20",
+            "--checkpoint", str(path)]
 
     assert ds.main(argv) == 2
 
@@ -2565,7 +2583,7 @@ def test_every_command_in_the_documents_runs(
     monkeypatch.chdir(tmp_path)
     for name in ("cifar10", "cifar100"):
         write_cifar(tmp_path / "data", name, monkeypatch, packed=False)
-    text = (HERE / document).read_text()
+    text = text_of(document)
     commands = re.findall(r"python decoupled_split\.py\b([^`\n]*)", text)
     assert len(commands) >= 3
 
@@ -2582,13 +2600,13 @@ def test_every_command_in_the_documents_runs(
         assert "client" in out and "(default: )" not in out
 
 def test_every_option_in_the_documents_exists():
-    text = (HERE / "README.md").read_text() + (HERE / "NOTES.md").read_text()
+    text = text_of("README.md") + text_of("NOTES.md")
     known = {ds.flag(knob.name) for knob in fields(ds.Options)} | {"--help", "--no-deps"}
 
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
 
 def test_the_example_at_the_end_of_part_one_runs_as_it_stands(capsys):
-    text = (HERE / "decoupled_split.py").read_text()
+    text = text_of("decoupled_split.py")
     example = text.split("# ---- Part I in use")[1].split("# ====")[0]
     code = "\n".join(line[2:] for line in example.splitlines()[2:])
     names = dict(vars(ds))
@@ -2598,7 +2616,7 @@ def test_the_example_at_the_end_of_part_one_runs_as_it_stands(capsys):
     assert set(names["losses"]) == {"client", "server"} and "activations" in capsys.readouterr().out
 
 def test_part_one_can_be_copied_and_torchvision_is_only_imported_for_cifar(tmp_path):
-    text = (HERE / "decoupled_split.py").read_text()
+    text = text_of("decoupled_split.py")
     part_one = text.split("# PART II")[0]
     part_one = re.sub(r"# Only Part II needs these.*?\n\n", "", part_one, flags=re.DOTALL)
     assert "argparse" not in part_one
@@ -2621,7 +2639,7 @@ def test_part_one_can_be_copied_and_torchvision_is_only_imported_for_cifar(tmp_p
         import decoupled_split
         assert "torchvision" not in sys.modules
     """
-    path = os.pathsep.join([str(tmp_path), str(HERE)])
+    path = os.pathsep.join([str(tmp_path), ENV["PYTHONPATH"]])
 
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
                              stderr=subprocess.PIPE, env={**ENV, "PYTHONPATH": path})
@@ -2630,7 +2648,7 @@ def test_part_one_can_be_copied_and_torchvision_is_only_imported_for_cifar(tmp_p
 
 def python_in(document, word):
     """The Python block of a document that contains a word."""
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / document).read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text_of(document), re.DOTALL)
     block, = [block for block in blocks if word in block]
     return block
 
@@ -2646,7 +2664,7 @@ def test_the_notebook_cell_trains_both_modes_and_prints_the_table(small, capsys)
     assert header.split() == ["backprop", "decoupled", "change"]
 
 def test_the_chart_of_the_readme_has_the_ratios_of_its_table():
-    text = (HERE / "README.md").read_text()
+    text = text_of("README.md")
     row = r"^\|.*\|.*\| ([\d.]+) M.* \| ([\d.]+) M.* \| −[\d.]+% \|$"
     rows = re.findall(row, text, re.MULTILINE)
     bars = re.search(r"bar \[(.*)\]", text).group(1).split(",")
@@ -2656,10 +2674,10 @@ def test_the_chart_of_the_readme_has_the_ratios_of_its_table():
         assert float(bar) == pytest.approx(100 * float(decoupled) / float(backprop), abs=0.06)
 
 def test_the_readme_quotes_the_memory_and_the_picture_of_the_demo(small, capsys):
-    block, = [text for text in (HERE / "README.md").read_text().split("```") if "▁" in text]
+    block, = [text for text in text_of("README.md").split("```") if "▁" in text]
     quoted = [line for line in block.splitlines() if "MiB" in line]
 
-    assert ds.main(["--epochs", "1", "--max-steps", "1"]) == 0    # memory precedes training
+    assert ds.main("--epochs 1 --max-steps 1 --device cpu".split()) == 0     # memory comes first
 
     printed = capsys.readouterr().out.splitlines()
     assert len(quoted) == 6
