@@ -164,8 +164,8 @@ def hand_over(client, channel):
 
     Several clients work one after the other and share one set of weights. One Party
     stands for all of them, so it sends its state to itself. The auxiliary classifier is
-    part of it. (Writing into a tensor of a state_dict writes into the weight: they share their
-    memory. The learning rate is not sent, because its schedule is known to all.)
+    part of it. (Writing into a tensor of a state_dict writes into the weight: they share
+    their memory. The learning rate is not sent, because its schedule is known to all.)
     """
     for tensor in client.state_tensors():
         channel.send(tensor, "relay", "weights")
@@ -254,7 +254,7 @@ class Party(nn.Sequential):
 
     @contextmanager
     def working(self):
-        """Inside this block the clock runs, and the ledger (section 5) charges this party."""
+        """Inside this block the clock runs and the ledger (section 5) charges the party."""
         wait_for_gpu()
         start = time.perf_counter()
         self.at_work = True
@@ -994,7 +994,8 @@ class Run:
 
         # Memory is measured on parties and a channel of their own, before training.
         images, labels = self.shards[0]
-        index = torch.arange(options.batch_size) % len(labels)      # a full batch, from any shard
+        # A shard may have fewer images than a batch: then images are repeated.
+        index = torch.arange(options.batch_size) % len(labels)
         channel = Channel(options.wire)
         self.memory = measure_memory(lambda: build_parties(options, total_steps=2, device=device),
                                      self.step, channel, to_float(images[index]), labels[index])
@@ -1274,7 +1275,7 @@ def measure_memory(build_parties, step, channel, x, y):
 def link_seconds(summary, steps):
     """Seconds per epoch if each party were a machine of its own: a calculation.
 
-    summary: of Run.train. Its bandwidth is that of each hop in Mbit/s, its latency is
+    summary: as Run.train returns it. Its bandwidth is that of each hop in Mbit/s, its latency is
     in one direction in ms, its seconds were measured here. steps: batches per epoch.
     """
     def transfer(hop):
