@@ -76,21 +76,22 @@ from itertools import islice
 # classifier on the output of these layers (its head). Section 2 has both classes.
 #
 # In both protocols each layer runs forward once per batch, in training mode, and on the
-# same images. So batch-norm collects its statistics in the same way. (Their values
-# differ after the first update, because the weights do.)
+# same images. So the protocols differ in their gradients only, not in how often
+# batch-norm updates its statistics.
 
 def train_locally(party, x, y):
-    """Train each module of a party on its own loss. Return output and loss of the last.
+    """Train each module of a party on its own loss. Return the last one's output and loss.
 
     x: (B, ...) the input of the party. y: (B,) labels. The output is detached, the loss
     is a number.
 
     With one module per party, all activations of a party are alive when its backward
     pass begins, as in backprop mode. But a host holds those of one party at a time, not
-    of both. That saves half at best. To save more, such as the paper's 58%, a party
-    needs more modules (in ResNet-110 the client needs two): only the activations of one
-    module are alive at a time. This usually costs accuracy (Decoupled Greedy Learning,
-    Belilovsky et al. 2019, arXiv 1901.08164).
+    of both, so its peak is that of the larger party. That saves half at best, and less
+    where one party has most of the activations. To save more, such as the paper's 58%, a
+    party needs more modules (in ResNet-110 two on the client are enough): only the activations
+    of one module are alive at a time. This usually costs accuracy (Decoupled Greedy
+    Learning, Belilovsky et al. 2019, arXiv 1901.08164).
     """
     for module in party:
         z = module(x)
@@ -165,7 +166,8 @@ def hand_over(client, channel):
     Several clients work one after the other and share one set of weights. One Party
     stands for all of them, so it sends its state to itself. The auxiliary classifier is
     part of it. (Writing into a tensor of a state_dict writes into the weight: they share
-    their memory. The learning rate is not sent, because its schedule is known to all.)
+    their memory. The learning rate is not sent: here one schedule counts the batches of
+    all clients.)
     """
     for tensor in client.state_tensors():
         channel.send(tensor, "relay", "weights")
@@ -287,7 +289,7 @@ KINDS = ("activations", "gradients", "labels", "weights")
 class Channel:
     """A simulated network: it detaches, encodes, counts and queues tensors.
 
-    A hop is a direction in which tensors travel, known by its name: "up" and "down" in
+    A hop is a route with a name and with counters of its own: "up" and "down" in
     training, "relay" from one client to the next, "evaluation" for test images, which
     are counted apart. `bytes[hop][kind]` counts what was sent. To send over a hop that
     is not in `hops`, or a kind that is not in KINDS, is a KeyError. To receive what was
@@ -301,8 +303,10 @@ class Channel:
     receiver puts them on its own device. What stands under `with client.working()` in a
     step function is then the program of the client, and what stands under `with
     server.working()` that of the server. Evaluation and hand-over have to be divided in
-    the same way. A client that has not trained yet has no momentum to overwrite. So it
-    takes one step that does not count before it receives its first hand-over.
+    the same way. A client that has not trained yet has no momentum to overwrite. So
+    before its first hand-over it calls `train_locally` once, on any batch, and sends
+    nothing. The learning rate is not handed over: a client also has to be told how many
+    batches were trained before, and to set its schedule to that number.
     """
 
     def __init__(self, wire="float32", hops=("up", "down", "relay", "evaluation")):
@@ -323,9 +327,9 @@ class Channel:
 
     def send(self, tensor, hop, kind):
         # A network carries numbers, not an autograd graph. Without this detach the
-        # server's backward pass in backprop mode would run on into the client's layers.
-        # No byte would be counted for it, and z_received.grad would be None: an error.
-        # (In decoupled mode train_locally has already detached z.)
+        # server's backward pass in backprop mode would run on into the client's layers:
+        # a gradient that never crosses the wire. (z_received.grad would be None, so
+        # sending it would fail. In decoupled mode train_locally has already detached z.)
         tensor = tensor.detach()
         payload = self.encode(tensor, kind)
         self.bytes[hop][kind] += sum(part.nbytes for part in payload)
@@ -355,7 +359,10 @@ class Channel:
         return queue.popleft()
 
     def encode(self, tensor, kind):
-        """The list of tensors that crosses the wire."""
+        """The list of tensors that crosses the wire.
+
+        It may share memory with `tensor`, so do not write into that before it is received.
+        """
         if kind == "labels":
             if tensor.min() < 0 or tensor.max() > 255:
                 raise ValueError("a label is a number from 0 to 255, one byte on the wire")
@@ -424,12 +431,12 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
         shortcut = x[:, :, ::self.stride, ::self.stride]
-        new_channels = y.shape[1] - x.shape[1]
+        new_channels = out.shape[1] - x.shape[1]
         shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, new_channels))
-        return F.relu(y + shortcut, inplace=True)
+        return F.relu(out + shortcut, inplace=True)
 
 def classifier(channels, grid, classes):
     """(B, channels, H, W) -> (B, classes): average pooling to grid x grid, then linear."""
@@ -613,7 +620,7 @@ class Ledger(TorchDispatchMode):
         read = storages((args, kwargs))
         if self.channel is not None:
             self.check_owners(name, function, read - self.channel.crossing)
-        self.charge(name, storages(result) - read)      # a view has the memory that it reads
+        self.charge(name, storages(result) - read)      # a view is no new memory
         self.trace.append((name, dict(self.live)))
         return result
 
@@ -709,12 +716,14 @@ def peaks_of_groups(curve, width):
 #   another data set    an entry in DATA_SETS
 #   a third party       the step functions (and the example above), make_plan, an option
 #                       NAME_modules, and the hops of Channel. All else loops over the
-#                       parties.
+#                       parties. (Only the first party is handed over, and is reported
+#                       as aux_accuracy. --cut sets where it ends.)
 #   a real network      Channel.push and pull; evaluate and hand_over, divided in two
-# Then run --max-steps 1 --epochs 1. It checks the step functions: operators outside of a
-# `with party.working()`, tensors that go past the channel or stay in memory, modules that
-# are not updated, and losses that are not returned. (evaluate and hand_over are not
-# checked. --clients 2 runs hand_over, but not with --max-steps.)
+# Then run --max-steps 1 --epochs 1. Every start checks the step functions, this one does
+# little else: operators outside of a `with party.working()`, tensors that go past the
+# channel or stay in memory, modules that are not updated, and losses that are not
+# returned. (evaluate and hand_over are not checked. hand_over runs with --clients 2, after
+# the last batch of a client.)
 # ======================================================================================
 
 class UserError(Exception):
@@ -833,9 +842,13 @@ def to_float(images):
     """uint8 pixels to -2..2. A finer scaling is not needed where batch-norm follows."""
     return (images.float() - 128) / 64
 
+def batch_count(images, size):
+    """The number of batches. The schedule and the hand-over rely on it, too."""
+    return math.ceil(images / size)
+
 def equal_batches(order, size):
-    """Split n indices into ceil(n / size) batches. Their sizes differ by at most one."""
-    return order.tensor_split(math.ceil(len(order) / size))
+    """Split n indices into `batch_count` batches. Their sizes differ by at most one."""
+    return order.tensor_split(batch_count(len(order), size))
 
 def training_batches(images, labels, size, data_set, generator):
     """Yield shuffled and augmented batches: x (B, C, H, W) float32, y (B,) int64."""
@@ -852,21 +865,29 @@ def test_batches(images, labels, size):
 # ---- 7. Options ----------------------------------------------------------------------
 
 def option(default, text, choices=None, least=None):
-    """A field of Options: its default, its line of --help, its choices or least value."""
+    """A field of Options: its default, its line of --help, its choices or least value.
+
+    Its type is str, int, float, or bool with the default False. No % in the text. A name
+    that is a key of Run.summary would be lost in the log.
+    """
     return field(default=default, metadata={"text": text, "choices": choices, "least": least})
 
 CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4 of the layers, ...
 
 @dataclass
 class Options:
-    """Everything a training run depends on. The defaults are the recipe for CIFAR."""
+    """Everything a training run depends on. The defaults are the recipe for CIFAR.
+
+    In a notebook call parse([...]), which knows the recipes of the other data sets, too.
+    """
 
     mode: str = option("compare", "protocol, or both one after the other",
                        ["compare", "backprop", "decoupled"])
     dataset: str = option("synthetic", "images to learn", DATA_SETS)
     data_dir: str = option("data", "folder of CIFAR, which is downloaded if it is missing")
-    depth: int = option(20, "layers of the ResNet, 6n+2", [8, 14, 20, 32, 44, 56, 110])
-    cut: str = option("deep", "the client has 1/4, 1/3 or 1/2 of the layers", CUTS)
+    depth: int = option(20, "of the ResNet: its convolutions and its linear layer, 6n+2",
+                        [8, 14, 20, 32, 44, 56, 110])
+    cut: str = option("deep", "the client has 1/4, 1/3 or 1/2 of the list of layers", CUTS)
     client_modules: int = option(1, "locally trained modules on the client", least=1)
     server_modules: int = option(1, "locally trained modules on the server", least=1)
     aux_depth: int = option(1, "residual blocks in an auxiliary classifier, at most as many as "
@@ -922,7 +943,7 @@ def parse(argv):
     for knob in fields(Options):
         value = getattr(options, knob.name)
         least = knob.metadata["least"]
-        limit = 2**31 if knob.type is int else 1e30     # float32 ends at 3e38
+        limit = 2**31 if knob.type is int else 1e30     # well below the end of float32
         if least is not None and not least <= value < limit:
             raise UserError(f"{flag(knob.name)} {value}: must be from {least:g} to below {limit:g}")
     return options
@@ -937,7 +958,8 @@ def build_parties(options, total_steps, device):
     data_set = DATA_SETS[options.dataset]
     torch.manual_seed(options.seed)
 
-    # For another network put its list of layers here. (--depth then has no effect.)
+    # For another network put its list of layers here. (--depth then has no effect.) The
+    # layers draw their weights before any head does: so they are equal in both modes.
     layers = resnet_layers(options.depth, data_set.classes, channels=data_set.image_shape[0])
     shapes = output_shapes(layers, torch.zeros(1, *data_set.image_shape))
 
@@ -989,7 +1011,7 @@ class Run:
         shards = [tensor.tensor_split(options.clients) for tensor in train_set]
         self.shards = list(zip(*shards, strict=True))
         self.test_set = test_set
-        steps = sum(math.ceil(len(labels) / options.batch_size) for _, labels in self.shards)
+        steps = sum(batch_count(len(labels), options.batch_size) for _, labels in self.shards)
         self.steps_per_epoch = min(steps, options.max_steps or steps)
 
         # Memory is measured on parties and a channel of their own, before training.
@@ -1019,8 +1041,8 @@ class Run:
             weights = sum(p.numel() for p in party.parameters())
             with torch.no_grad():
                 x = party.eval()(x)
-            say(f"  {party.name}: {layers} layers, {heads} classifier(s), {weights:,} parameters, "
-                f"output {tuple(x.shape[1:])}")
+            say(f"  {party.name}: {layers} layers and {heads} classifier(s), {weights:,} "
+                f"parameters, output {tuple(x.shape[1:])}")
         sent = [f"{sum(kinds.values()):,} bytes {hop}"
                 for hop, kinds in self.bytes_per_batch.items() if any(kinds.values())]
         say(f"  a batch of {options.batch_size} images sends {', '.join(sent)}")
@@ -1034,11 +1056,11 @@ class Run:
         options = self.options
         generator = torch.Generator().manual_seed(self.epoch_seed())
         for images, labels in self.shards:
-            left = math.ceil(len(labels) / options.batch_size)
+            batches_left = batch_count(len(labels), options.batch_size)
             for x, y in training_batches(images, labels, options.batch_size,
                                          DATA_SETS[options.dataset], generator):
-                left -= 1
-                yield x, y, left == 0
+                batches_left -= 1
+                yield x, y, batches_left == 0
 
     def train_epoch(self):
         """Train on each batch of an epoch. Return the figures of the epoch."""
@@ -1047,7 +1069,7 @@ class Run:
         for party in self.parties:
             party.train()
             party.restart_clock()
-        images = 0
+        image_count = 0
         hand_overs = 0
         loss_sum = 0
         start = time.perf_counter()
@@ -1059,25 +1081,25 @@ class Run:
             if last_of_client and len(self.shards) > 1:
                 hand_over(self.parties[0], self.channel)
                 hand_overs += 1
-            images += len(y)
+            image_count += len(y)
             loss_sum += losses[self.parties[-1].name] * len(y)
-            self.show_progress(number, images, loss_sum / images, start)
+            self.show_progress(number, image_count, loss_sum / image_count, start)
 
         seconds = time.perf_counter() - start
         clocks = {party.name: party.seconds for party in self.parties}
         return {
-            "train_loss": loss_sum / images,
-            "images_per_second": images / seconds,
+            "train_loss": loss_sum / image_count,
+            "images_per_second": image_count / seconds,
             "hand_overs": hand_overs,
             "seconds": {"epoch": seconds, **clocks},
         }
 
-    def show_progress(self, number, images, loss, start):
+    def show_progress(self, number, image_count, loss, start):
         seconds = time.perf_counter() - start
         steps_left = (self.options.epochs - self.epoch) * self.steps_per_epoch - number
         minutes_left = steps_left * seconds / number / 60
         say(f"{self.options.mode} epoch {self.epoch + 1} step {number}/{self.steps_per_epoch} "
-            f"loss {loss:.3f} {images / seconds:.0f} images/s {minutes_left:.1f} min left",
+            f"loss {loss:.3f} {image_count / seconds:.0f} images/s {minutes_left:.1f} min left",
             passing=True)
 
     def train(self):
@@ -1169,7 +1191,7 @@ def evaluate(parties, channel, batches):
     for party in parties:
         party.eval()
     correct = {party.name: 0 for party in parties if party[-1].head is not None}
-    images = 0
+    image_count = 0
 
     for x, y in batches:
         for party in parties:
@@ -1184,11 +1206,11 @@ def evaluate(parties, channel, batches):
             if not scores.isfinite().all():
                 raise FloatingPointError(f"the {party.name}'s test scores are not finite")
             correct[party.name] += (scores.argmax(1) == y).sum().item()
-        images += len(y)
+        image_count += len(y)
 
     accuracy = {party.name: None for party in parties}
     for name, count in correct.items():
-        accuracy[name] = count / images
+        accuracy[name] = count / image_count
     return accuracy
 
 
@@ -1241,7 +1263,7 @@ def restore(parties, states):
 
 # ---- 10. Costs: the memory of one step, and the time over a link ---------------------
 
-def measure_memory(build_parties, step, channel, x, y):
+def measure_memory(make_parties, step, channel, x, y):
     """Run one training step under the ledger. Return its figures: see `Ledger.figures`.
 
     The parties are built for this purpose, so that the training loop does not know of
@@ -1250,14 +1272,14 @@ def measure_memory(build_parties, step, channel, x, y):
     party that has a classifier, leaves tensors of a batch in memory, or lets a party read
     what was not sent to it.
     """
-    parties = build_parties()
+    parties = make_parties()
     losses = step(*parties, channel, x, y)
     for party in parties:
         for number, module in enumerate(party):
-            updates = module.schedule.last_epoch        # 0 before the first update
+            updates = module.schedule.last_epoch        # PyTorch's name: one per update()
             if updates != 1:
                 raise RuntimeError(f"one step updated module {number} of the {party.name} "
-                                   f"{updates} times, not once")
+                                   f"{updates} times, not once (counted by its schedule)")
 
     classifying = {party.name for party in parties if party[-1].head is not None}
     if set(losses) != classifying:
@@ -1275,8 +1297,9 @@ def measure_memory(build_parties, step, channel, x, y):
 def link_seconds(summary, steps):
     """Seconds per epoch if each party were a machine of its own: a calculation.
 
-    summary: as Run.train returns it. Its bandwidth is that of each hop in Mbit/s, its latency is
-    in one direction in ms, its seconds were measured here. steps: batches per epoch.
+    summary: as Run.train returns it. Its bandwidth is that of each hop in Mbit/s, its
+    latency is in one direction in ms, and its seconds were measured here.
+    steps: batches per epoch.
     """
     def transfer(hop):
         return 8 * sum(summary["bytes"][hop].values()) / (summary["bandwidth"] * 1e6)
@@ -1381,19 +1404,22 @@ def format_change(before, after, unit):
 
 def table(summaries):
     """The lines of the table: a column per run and, for two runs, the change."""
+    columns = [table_rows(summary) for summary in summaries]
+    width = max(len(f"{name}, {unit}") for name, unit, _ in columns[0])
+
     header = [summary["mode"] for summary in summaries]
     if len(summaries) == 2:
         header.append("change")
-    lines = [" " * 46 + "".join(f"{cell:>11}" for cell in header)]
+    lines = [" " * width + "".join(f"{cell:>11}" for cell in header)]
 
-    columns = [table_rows(summary) for summary in summaries]
     for row in zip(*columns, strict=True):      # the same row of each run
         name, unit, _ = row[0]
         values = [value for _, _, value in row]
         cells = ["-" if value is None else f"{value:.2f}" for value in values]
         if len(values) == 2:
             cells.append(format_change(*values, unit))
-        lines.append(f"{name + ', ' + unit:46}" + "".join(f"{cell:>11}" for cell in cells))
+        name_and_unit = f"{name}, {unit}"
+        lines.append(f"{name_and_unit:{width}}" + "".join(f"{cell:>11}" for cell in cells))
     return lines
 
 def picture(summaries, levels):
@@ -1479,7 +1505,7 @@ def experiment(options):
     """Train what the options ask for. Return a summary for each mode."""
     device = choose_device(options.device)
     runs_options = options_by_mode(options)
-    for each in [options, *runs_options]:
+    for each in [options, *runs_options]:       # the names as typed, and with the mode in them
         check_paths(each)
 
     sets = DATA_SETS[options.dataset].load(options)

@@ -5,7 +5,9 @@ The others see to it that its parts, tested in this way, are put together as the
     pytest                              all tests: no network, one to two minutes on two cores
     python test_decoupled_split.py      the benchmark: milliseconds per training step
 """
+import builtins
 import copy
+import dis
 import hashlib
 import io
 import itertools
@@ -23,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import types
 import urllib.error
 import urllib.request
 import zipfile
@@ -278,6 +281,24 @@ def test_auxiliary_depth_0_is_one_linear_layer_on_z_pooled_to_4x4():
 
     torch.testing.assert_close(head(z), oracle)
 
+@pytest.mark.parametrize("size, after", [((16, 40), (8, 20)), ((40, 16), (20, 8))])
+def test_an_auxiliary_block_has_the_stride_of_images_that_are_not_square(size, after):
+    shapes = [(1, 8, *size), (1, 16, *after), (1, 10)]
+
+    head = ds.auxiliary_classifier(shapes, 1, 1, 10)
+
+    assert blocks_of(head) == [(8, 16, 2)]
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_option_aux_depth_reaches_every_auxiliary_classifier(depth):
+    client, server = make_parties("decoupled", depth=20, client_modules=2, server_modules=2,
+                                  aux_depth=depth)
+
+    heads = [client[0].head, client[1].head, server[0].head]
+
+    # They stand after 4, 7 and 10 of 13 layers: 8, 5 and 2 layers follow before the classifier.
+    assert [len(blocks_of(head)) for head in heads] == [min(depth, n) for n in (8, 5, 2)]
+
 def test_auxiliary_classifier_is_the_plain_one_where_no_layer_follows():
     _, server = make_parties("decoupled", depth=8, server_modules=3, aux_depth=2)
 
@@ -507,6 +528,19 @@ def test_both_modes_start_with_the_same_network_and_see_the_same_statistics():
         buffers_a = [t for m in a for t in m.body.buffers()]
         buffers_b = [t for m in b for t in m.body.buffers()]
         assert len(buffers_a) > 3 and same(buffers_a, buffers_b)
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_weight_stays_and_the_others_move(mode):
+    parties = make_parties(mode)
+    body = parties[0][0].body
+    frozen = body[0].weight.requires_grad_(False)
+    free = body[3].conv1.weight
+    frozen_before = frozen.clone()
+    free_before = free.detach().clone()
+
+    train(mode, parties, ds.Channel(), BATCHES[:2])
+
+    assert torch.equal(frozen, frozen_before) and not torch.equal(free, free_before)
 
 def test_a_module_without_a_weight_trains_too():
     parties = make_parties("backprop", client_modules=4)        # conv, norm, relu, block
@@ -986,6 +1020,31 @@ def test_uint8_wire_errs_by_half_a_step_of_the_channel_at_most(hop, kind):
         assert error <= 0.5001 * step + 1e-6 * z[:, c].abs().max().item()
         assert step == 0 or error > 0.4 * step      # all of the 8 bits are in use
 
+@pytest.mark.parametrize("size", [1e-4, 1e-7, 1e-10])
+def test_uint8_wire_keeps_small_gradients(size):
+    channel = ds.Channel("uint8")
+    dz = size * torch.randn(16, 4, 5, 5)
+
+    channel.send(dz, "down", "gradients")
+    error = (channel.receive("down", "gradients") - dz).abs().amax((0, 2, 3))
+
+    step = (dz.amax((0, 2, 3)) - dz.amin((0, 2, 3))) / 255
+    assert (error <= 0.51 * step).all()
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (6, 3, 2, 2, 2)])
+def test_uint8_wire_takes_a_vector_a_sequence_and_a_volume(shape):
+    channel = ds.Channel("uint8")
+    z = torch.randn(shape)
+    z[:, 1] *= 100
+
+    channel.send(z, "up", "activations")
+    received = channel.receive("up", "activations")
+
+    assert count_of(channel) == {("up", "activations"): z.numel() + 3 * 8}
+    for c in range(3):
+        step = (z[:, c].max() - z[:, c].min()) / 255
+        assert (received[:, c] - z[:, c]).abs().max() <= 0.51 * step
+
 def test_channel_is_first_in_first_out_on_each_route():
     channel = ds.Channel()
 
@@ -1456,6 +1515,7 @@ def test_training_images_are_windows_of_the_padded_image_half_of_them_mirrored(
 
     tops, lefts, mirrored = zip(*seen)
     assert len(seen) == 200 and set(tops) == set(lefts) == set(places)
+    assert len(set(zip(tops, lefts))) > len(places)         # top and left are drawn separately
     assert 60 < sum(mirrored) < 140 if flip else sum(mirrored) == 0
 
 @pytest.mark.parametrize("n, size, sizes", [
@@ -1510,6 +1570,32 @@ def test_no_two_epochs_of_neighbouring_seeds_have_the_same_order():
 
     assert len(orders) == 3 * 4
 
+def test_each_client_trains_on_its_own_shard_in_an_order_of_its_own():
+    run = make_run("decoupled", clients=3, batch_size=8)
+    # Labels that tell the images apart:
+    run.shards = list(zip(TRAIN[0][:60].split(20), torch.arange(60).split(20)))
+
+    orders = torch.cat([y for _, y in stream_of(run)]).view(3, 20)
+
+    for client, order in enumerate(orders):
+        assert sorted(order.tolist()) == list(range(20 * client, 20 * client + 20))
+    assert len({tuple((order % 20).tolist()) for order in orders}) == 3
+
+def test_layers_like_dropout_draw_other_numbers_in_each_epoch():
+    run = make_run("decoupled", max_steps=1)
+    drawn = []
+
+    def step(client, server, channel, x, y):
+        drawn.append(torch.rand(4))
+        return {"server": 1.0}
+
+    run.step = step
+    for epoch in (0, 1, 0):
+        run.epoch = epoch
+        run.train_epoch()
+
+    assert not torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
 @pytest.mark.parametrize("mode", MODES)
 def test_training_takes_exactly_the_batches_of_the_stream(mode):
     seen = []
@@ -1536,6 +1622,15 @@ def test_synthetic_images_depend_on_the_seed_alone():
         assert torch.equal(x, x2) and torch.equal(y, y2)
         assert not torch.equal(x, x3)
     assert not torch.equal(one[0][0][:20], one[1][0])       # the test images are others
+
+def test_the_seed_of_the_options_is_that_of_the_synthetic_images(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(ds, "synthetic", seeds.append)
+
+    for seed in (0, 7):
+        ds.DATA_SETS["synthetic"].load(ds.Options(seed=seed))
+
+    assert seeds == [0, 7]
 
 def test_the_clutter_of_the_synthetic_images_is_in_the_colours_and_the_pattern_in_grey():
     images, labels = ds.synthetic(0, (200, 1))[0]
@@ -1776,6 +1871,16 @@ def test_evaluation_uses_what_the_server_receives(monkeypatch):
 
     assert len(received) == 2 and all((z == 7).all() for z in received)
 
+def test_evaluation_builds_no_graph():
+    parties = make_parties("decoupled")
+    seen = []
+    for module in [module for party in parties for module in party.modules()]:
+        module.register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
+
+    ds.evaluate(parties, ds.Channel(), BATCHES[:1])
+
+    assert seen and not any(seen)
+
 def test_evaluation_mode_ends_with_the_next_epoch():
     run = make_run("decoupled")
 
@@ -1909,6 +2014,17 @@ def test_learning_rate_is_one_cycle_in_every_module_and_momentum_stays():
     assert max(first) == pytest.approx(0.08) and first[0] < 0.01 and first[-1] < 0.08 / 1000
     assert first == sorted(first[:top]) + sorted(first[top:], reverse=True)
     assert momenta == {0.9}
+
+def test_the_cycle_of_the_learning_rate_ends_with_shortened_epochs():
+    run = make_run("decoupled", epochs=2, max_steps=2, lr=0.08)
+    rates = []
+    run.parties[0][0].optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+
+    for _ in range(2):
+        run.train_epoch()
+
+    assert len(rates) == 4 and max(rates) > 0.04 and rates[-1] < 0.08 / 1000
 
 def test_max_steps_ends_an_epoch_after_that_many_batches():
     run = make_run("decoupled", max_steps=3)
@@ -2147,6 +2263,19 @@ def checkpoint(finished_checkpoint, tmp_path, small, monkeypatch, capsys):
     capsys.readouterr()
     return path
 
+def test_a_checkpoint_is_read_into_main_memory_wherever_it_was_made(checkpoint, monkeypatch):
+    torch_load = torch.load
+    seen = {}
+
+    def spy(path, **how):
+        seen.update(how)
+        return torch_load(path, **how)
+
+    monkeypatch.setattr(torch, "load", spy)
+    ds.load(str(checkpoint))
+
+    assert str(seen.get("map_location")) == "cpu"
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, checkpoint, refused):
     DAMAGES[damage](checkpoint)
@@ -2266,6 +2395,13 @@ def test_compare_logs_both_modes_and_keeps_a_checkpoint_of_each(tmp_path, small,
     assert [f"{a:.2f}", f"{b:.2f}", f"{100 * b / a - 100:+.1f}%"] in [
         line.split()[-3:] for line in out.splitlines()]
 
+def test_the_summary_names_the_device_that_auto_has_chosen():
+    run = make_run("decoupled", max_steps=1)
+
+    summary = run.train()
+
+    assert run.options.device == "auto" and summary["device"] == "cpu"
+
 def test_a_line_of_the_log_has_the_figures_of_its_epoch(tmp_path, small):
     assert ds.main([*TINY, "--log", str(tmp_path / "log")]) == 0
 
@@ -2307,8 +2443,20 @@ def test_the_table_has_every_figure_in_its_unit_worked_out_by_hand():
         ("time per epoch on this machine", "s", 17),
         ("time per epoch over the simulated link", "s", 19),
     ]
+    for count in (1, 2):
+        lines = ds.table([summary] * count)
+        assert len({len(line) for line in lines}) == 1      # all columns end at the same place
+
     summary["accuracy"]["client"] = None
     assert ds.table_rows(summary)[1][2] is None
+
+def test_what_does_not_apply_is_a_dash_in_the_table(monkeypatch):
+    rows = {"backprop": [("alone", "%", None)], "decoupled": [("alone", "%", 50)]}
+    monkeypatch.setattr(ds, "table_rows", lambda summary: rows[summary["mode"]])
+
+    lines = ds.table([{"mode": mode} for mode in MODES])
+
+    assert lines[1].split() == ["alone,", "%", "-", "50.00", "-"]
 
 @pytest.mark.parametrize("before, after, unit, text", [
     (75, 74.5, "%", "-0.50"), (50, 75, "MB", "+50.0%"), (4, 0, "MB", "-100.0%"),
@@ -2349,6 +2497,30 @@ def test_a_terminal_gets_a_progress_line_and_errors_in_full(terminal, small, mon
     if terminal:
         assert f"\r{progress[0]:79}\r" in err
 
+def test_the_progress_line_worked_out_by_hand(monkeypatch):
+    run = make_run("backprop", epochs=3)            # of 4 steps each
+    run.epoch = 1
+    lines = []
+    monkeypatch.setattr(ds, "say", lambda line, passing=False: lines.append((line, passing)))
+    monkeypatch.setattr(ds, "time", SimpleNamespace(perf_counter=lambda: 140.0))
+
+    run.show_progress(2, 400, 0.75, 100.0)          # 20 seconds per step, and 6 steps to come
+
+    assert lines == [("backprop epoch 2 step 2/4 loss 0.750 10 images/s 2.0 min left", True)]
+
+@pytest.mark.parametrize("mode, client, alone", [
+    ("decoupled", 0.5, " (client alone 50.00%)"), ("backprop", None, "")])
+def test_the_line_of_an_epoch_worked_out_by_hand(mode, client, alone, capsys):
+    run = make_run(mode, epochs=3)
+    run.epoch = 2
+    run.summary = {"train_loss": 1.25, "test_accuracy": 0.75, "aux_accuracy": client,
+                   "accuracy": {"client": client, "server": 0.75}, "images_per_second": 320.0}
+
+    run.show_epoch()
+
+    line = f"{mode} epoch 2/3 loss 1.250 test 75.00%{alone} 320 images/s"
+    assert capsys.readouterr().err.strip() == line
+
 def test_before_training_the_program_says_what_it_will_train(small, capsys):
     assert ds.main([*TINY, "--depth", "20", "--mode", "compare"]) == 0
 
@@ -2357,10 +2529,10 @@ def test_before_training_the_program_says_what_it_will_train(small, capsys):
     own = [sum(p.numel() for p in layer.parameters()) for layer in ds.resnet_layers(20, 10)]
     z = 16 * 32 * 16 * 16 * 4
     assert starts == [0, 4]
-    assert "client: 7 layers, 0 classifier(s)" in lines[1]
-    assert "client: 7 layers, 1 classifier(s)" in lines[5]
+    assert "client: 7 layers and 0 classifier(s)" in lines[1]
+    assert "client: 7 layers and 1 classifier(s)" in lines[5]
     assert f"{sum(own[:7]):,} parameters, output (32, 16, 16)" in lines[1]
-    assert "server: 5 layers, 1 classifier(s)" in lines[2]
+    assert "server: 5 layers and 1 classifier(s)" in lines[2]
     assert f"{sum(own[7:]):,} parameters" in lines[2]
     assert f"{z + 16:,} bytes up, {z:,} bytes down" in lines[3]
     assert lines[7].endswith(f"{z + 16:,} bytes up")
@@ -2466,6 +2638,20 @@ def test_an_impossible_number_of_modules_names_the_possible_ones(refused):
 
     assert "--client-modules 5" in line and "1, 2, 3, 4, 7 groups" in line
 
+@pytest.mark.parametrize("name, epochs, batch_size, lr", [
+    ("synthetic", 4, 32, 0.1), ("cifar10", 10, 128, 0.2), ("cifar100", 10, 128, 0.2)])
+def test_the_defaults_are_those_of_the_reported_figures(name, epochs, batch_size, lr):
+    chosen = ds.parse(["--dataset", name])
+    data_set = ds.DATA_SETS[name]
+
+    assert (chosen.epochs, chosen.batch_size, chosen.lr) == (epochs, batch_size, lr)
+    assert (chosen.weight_decay, chosen.seed, chosen.max_steps) == (5e-4, 0, 0)
+    assert (chosen.depth, chosen.cut, chosen.aux_depth) == (20, "deep", 1)
+    assert (chosen.client_modules, chosen.server_modules, chosen.clients) == (1, 1, 1)
+    assert (chosen.wire, chosen.amp, chosen.mode) == ("float32", False, "compare")
+    assert (chosen.bandwidth, chosen.latency) == (100, 10)
+    assert (data_set.padding, data_set.flip) == (4, True)
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_available_is_refused(device, refused):
     if {"cuda": torch.cuda, "mps": torch.backends.mps}[device].is_available():
@@ -2482,6 +2668,22 @@ def test_auto_is_the_first_of_cuda_mps_and_cpu_that_is_available(monkeypatch):
         chosen.append(ds.choose_device("auto").type)
 
     assert chosen == ["cuda", "cuda", "mps", "cpu"]
+
+def test_all_images_and_labels_go_to_the_device(small, monkeypatch):
+    seen = []
+
+    def run(options, train_set, test_set, device):
+        seen.extend(tensor.device.type for tensor in (*train_set, *test_set))
+        raise ds.UserError("enough")
+
+    # A "meta" tensor has a shape, but no memory. It stands for a GPU.
+    monkeypatch.setattr(ds, "choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(ds, "Run", run)
+
+    with pytest.raises(ds.UserError, match="enough"):
+        ds.experiment(options("decoupled"))
+
+    assert seen == ["meta"] * 4
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_remedy(mode, small, capsys):
@@ -2615,10 +2817,13 @@ def test_the_example_at_the_end_of_part_one_runs_as_it_stands(capsys):
 
     assert set(names["losses"]) == {"client", "server"} and "activations" in capsys.readouterr().out
 
+def part_one_alone():
+    """Part I and its imports."""
+    part_one = text_of("decoupled_split.py").split("# PART II")[0]
+    return re.sub(r"# Only Part II needs these.*?\n\n", "", part_one, flags=re.DOTALL)
+
 def test_part_one_can_be_copied_and_torchvision_is_only_imported_for_cifar(tmp_path):
-    text = text_of("decoupled_split.py")
-    part_one = text.split("# PART II")[0]
-    part_one = re.sub(r"# Only Part II needs these.*?\n\n", "", part_one, flags=re.DOTALL)
+    part_one = part_one_alone()
     assert "argparse" not in part_one
     (tmp_path / "copied.py").write_text(part_one)
     code = """if True:
@@ -2645,6 +2850,21 @@ def test_part_one_can_be_copied_and_torchvision_is_only_imported_for_cifar(tmp_p
                              stderr=subprocess.PIPE, env={**ENV, "PYTHONPATH": path})
 
     assert process.returncode == 0, process.stderr
+
+def global_names(code):
+    """The global names that a code object, and all code inside it, reads."""
+    names = {line.argval for line in dis.get_instructions(code)
+             if line.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names.union(*map(global_names, inner))
+
+def test_part_one_uses_no_name_of_part_two():
+    code = compile(part_one_alone(), "part one", "exec")
+    names = {"__name__": "part_one"}
+
+    exec(code, names)
+
+    assert global_names(code) <= {*names, *vars(builtins)}
 
 def python_in(document, word):
     """The Python block of a document that contains a word."""
