@@ -302,11 +302,7 @@ class Channel:
     kind of what comes next, but shapes and types have to travel with the tensors, and the
     receiver puts them on its own device. What stands under `with client.working()` in a
     step function is then the program of the client, and what stands under `with
-    server.working()` that of the server. Evaluation and hand-over have to be divided in
-    the same way. A client that has not trained yet has no momentum to overwrite. So
-    before its first hand-over it calls `train_locally` once, on any batch, and sends
-    nothing. The learning rate is not handed over: a client also has to be told how many
-    batches were trained before, and to set its schedule to that number.
+    server.working()` that of the server. NOTES.md, section 8, says what else is divided.
     """
 
     def __init__(self, wire="float32", hops=("up", "down", "relay", "evaluation")):
@@ -369,11 +365,11 @@ class Channel:
             return [tensor.to(torch.uint8)]
         if kind == "weights":
             return [tensor]
-        if self.wire == "float32":
-            return [tensor.float()]
         if self.wire == "bfloat16":
             return [tensor.bfloat16()]
-        return quantize(tensor)
+        if self.wire == "uint8":
+            return quantize(tensor)
+        return [tensor.float()]
 
     def decode(self, payload, kind):
         """A new tensor: int64 labels, float32 activations and gradients."""
@@ -518,6 +514,9 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
         chosen = len(followers) * i // depth - 1        # evenly spaced, ends with the last
         _, c_out, new_height, _ = followers[chosen]
         stride = max(1, round(height / new_height))
+        if stride > 4:          # the 3x3 convolutions would not see most of z
+            raise ValueError(f"an auxiliary block from {height} to {new_height} rows skips most "
+                             f"of z: --aux-depth 0 has no block, a larger one smaller strides")
         blocks.append(make_block(c_in, c_out, stride))
         c_in = c_out
         height = new_height
@@ -718,7 +717,9 @@ def peaks_of_groups(curve, width):
 #                       NAME_modules, and the hops of Channel. All else loops over the
 #                       parties. (Only the first party is handed over, and is reported
 #                       as aux_accuracy. --cut sets where it ends.)
-#   a real network      Channel.push and pull; evaluate and hand_over, divided in two
+#   a real network      Channel.push and pull; the step functions, Run.train_epoch,
+#                       evaluate and hand_over, each divided in two
+
 # Then run --max-steps 1 --epochs 1. Every start checks the step functions, this one does
 # little else: operators outside of a `with party.working()`, tensors that go past the
 # channel or stay in memory, modules that are not updated, and losses that are not
@@ -840,6 +841,8 @@ def augment(images, data_set, generator):
 
 def to_float(images):
     """uint8 pixels to -2..2. A finer scaling is not needed where batch-norm follows."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are uint8, from 0 to 255, not {images.dtype}")
     return (images.float() - 128) / 64
 
 def batch_count(images, size):
@@ -910,7 +913,8 @@ class Options:
                                  "exists")
     log: str = option("", "file to append JSON lines to: one per epoch, a summary per mode")
 
-# A resumed run may change these options: they should not influence the weights.
+# A resumed run may change these options: they should not influence weights or accuracy. (A
+# finished run that is started again is not evaluated again.)
 FREE_ON_RESUME = ["device", "data_dir", "bandwidth", "latency", "checkpoint", "log"]
 
 class Parser(argparse.ArgumentParser):
@@ -958,8 +962,9 @@ def build_parties(options, total_steps, device):
     data_set = DATA_SETS[options.dataset]
     torch.manual_seed(options.seed)
 
-    # For another network put its list of layers here. (--depth then has no effect.) The
-    # layers draw their weights before any head does: so they are equal in both modes.
+    # For another network make its list of layers here. (--depth then has no effect.) A list
+    # made outside would be trained by the memory measurement and by the other mode, too.
+    # The layers draw their weights before any head does: so they are equal in both modes.
     layers = resnet_layers(options.depth, data_set.classes, channels=data_set.image_shape[0])
     shapes = output_shapes(layers, torch.zeros(1, *data_set.image_shape))
 

@@ -289,6 +289,13 @@ def test_an_auxiliary_block_has_the_stride_of_images_that_are_not_square(size, a
 
     assert blocks_of(head) == [(8, 16, 2)]
 
+def test_an_auxiliary_block_that_would_skip_most_of_z_is_an_error():
+    shapes = [(1, 256, 8, 8), (1, 512, 1, 1), (1, 10)]
+
+    with pytest.raises(ValueError, match="from 8 to 1 rows.*--aux-depth 0"):
+        ds.auxiliary_classifier(shapes, 1, 1, 10)
+    ds.auxiliary_classifier(shapes, 1, 0, 10)
+
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_option_aux_depth_reaches_every_auxiliary_classifier(depth):
     client, server = make_parties("decoupled", depth=20, client_modules=2, server_modules=2,
@@ -1518,6 +1525,11 @@ def test_training_images_are_windows_of_the_padded_image_half_of_them_mirrored(
     assert len(set(zip(tops, lefts))) > len(places)         # top and left are drawn separately
     assert 60 < sum(mirrored) < 140 if flip else sum(mirrored) == 0
 
+def test_images_that_are_not_uint8_are_an_error():
+    """Pixels from 0 to 1 would all become nearly -2, and nothing would be learned."""
+    with pytest.raises(TypeError, match="uint8"):
+        list(ds.test_batches(torch.rand(4, 3, 8, 8), torch.arange(4), 4))
+
 @pytest.mark.parametrize("n, size, sizes", [
     (50, 16, [13, 13, 12, 12]), (5000, 128, [125] * 40), (7, 8, [7]), (9, 8, [5, 4]),
     (3, 1, [1, 1, 1]), (32, 16, [16, 16])])
@@ -1992,6 +2004,26 @@ def test_the_next_client_goes_on_with_what_was_received(monkeypatch):
     ds.hand_over(parties[0], channel)
 
     assert same(kept(parties[0]), [tensor + 1 for tensor in before])
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_client_on_another_machine_goes_on_as_the_notes_say(mode):
+    (old, server), (new, _) = make_parties(mode), make_parties(mode, seed=1)
+    train(mode, (old, server), ds.Channel(), BATCHES[:3])
+    channel = ds.Channel()
+
+    sum(p.sum() for p in new.parameters()).backward()       # so that there is momentum
+    new.update()
+    for sent, own in zip(old.state_tensors(), new.state_tensors(), strict=True):
+        channel.send(sent, "relay", "weights")
+        own.copy_(channel.receive("relay", "weights"))
+    for module in new:
+        module.schedule.last_epoch = 3 - 1
+        module.schedule.step()
+
+    for client in (old, new):
+        sum(p.square().sum() for p in client.parameters()).backward()
+        client.update()
+    assert same(weights(old), weights(new)) and same(kept(old), kept(new))
 
 def test_learning_rate_is_one_cycle_in_every_module_and_momentum_stays():
     run = make_run("decoupled", depth=14, lr=0.08, epochs=5, client_modules=2)
