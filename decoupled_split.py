@@ -89,9 +89,9 @@ def train_locally(party, x, y):
     pass begins, as in backprop mode. But a host holds those of one party at a time, not
     of both, so its peak is that of the larger party. That saves half at best, and less
     where one party has most of the activations. To save more, such as the paper's 58%, a
-    party needs more modules (in ResNet-110 two on the client are enough): only the activations
-    of one module are alive at a time. This usually costs accuracy (Decoupled Greedy
-    Learning, Belilovsky et al. 2019, arXiv 1901.08164).
+    party needs more modules (in ResNet-110 two on the client are enough): only the
+    activations of one module are alive at a time. This usually costs accuracy (Decoupled
+    Greedy Learning, Belilovsky et al. 2019, arXiv 1901.08164).
     """
     for module in party:
         z = module(x)
@@ -494,7 +494,7 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
     depth: the number of blocks. It is reduced if fewer layers lie between z and the
     network's classifier. A block has the channels and the height of one of these layers,
     and the layers chosen are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
-    make_block: called as make_block(c_in, c_out, stride).
+    make_block: called as make_block(c_in, c_out, stride). ValueError for a stride above 4.
 
     After the blocks, pooling to 2x2 and a linear layer. With depth 0 it is the linear
     layer of the paper (section IV-A), but on z pooled to 4x4: on all of z it fails at
@@ -516,7 +516,7 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
         stride = max(1, round(height / new_height))
         if stride > 4:          # the 3x3 convolutions would not see most of z
             raise ValueError(f"an auxiliary block from {height} to {new_height} rows skips most "
-                             f"of z: --aux-depth 0 has no block, a larger one smaller strides")
+                             f"of z; use depth 0 (no block) or a larger depth")
         blocks.append(make_block(c_in, c_out, stride))
         c_in = c_out
         height = new_height
@@ -719,12 +719,12 @@ def peaks_of_groups(curve, width):
 #                       as aux_accuracy. --cut sets where it ends.)
 #   a real network      Channel.push and pull; the step functions, Run.train_epoch,
 #                       evaluate and hand_over, each divided in two
-
-# Then run --max-steps 1 --epochs 1. Every start checks the step functions, this one does
-# little else: operators outside of a `with party.working()`, tensors that go past the
-# channel or stay in memory, modules that are not updated, and losses that are not
-# returned. (evaluate and hand_over are not checked. hand_over runs with --clients 2, after
-# the last batch of a client.)
+#
+# Then run --max-steps 1 --epochs 1. Before any training the program checks the step
+# functions. It finds operators outside of a `with party.working()`, tensors that go past
+# the channel or stay in memory, modules that are not updated, and losses that are not
+# returned. (evaluate and hand_over are not checked. hand_over runs with --clients 2,
+# after the last batch of a client.)
 # ======================================================================================
 
 class UserError(Exception):
@@ -930,26 +930,26 @@ def flag(name):
 def parse(argv):
     """Options from the command line. UserError for a value that is not allowed."""
     parser = Parser(description=__doc__.splitlines()[0])
-    for knob in fields(Options):
-        text = f"{knob.metadata['text']} (default: {str(knob.default) or 'none'}"
+    for entry in fields(Options):
+        text = f"{entry.metadata['text']} (default: {str(entry.default) or 'none'}"
         for name, data_set in DATA_SETS.items():
-            if knob.name in data_set.recipe:
-                text += f", {name}: {data_set.recipe[knob.name]}"
-        how = {"type": knob.type, "choices": knob.metadata["choices"]}
-        if knob.type is bool:
+            if entry.name in data_set.recipe:
+                text += f", {name}: {data_set.recipe[entry.name]}"
+        how = {"type": entry.type, "choices": entry.metadata["choices"]}
+        if entry.type is bool:
             how = {"action": "store_true"}
-        parser.add_argument(flag(knob.name), default=argparse.SUPPRESS, help=text + ")", **how)
+        parser.add_argument(flag(entry.name), default=argparse.SUPPRESS, help=text + ")", **how)
 
     given = vars(parser.parse_args(argv))       # only what was typed (SUPPRESS)
     recipe = DATA_SETS[given.get("dataset", Options.dataset)].recipe
     options = Options(**{**recipe, **given})
 
-    for knob in fields(Options):
-        value = getattr(options, knob.name)
-        least = knob.metadata["least"]
-        limit = 2**31 if knob.type is int else 1e30     # well below the end of float32
+    for entry in fields(Options):
+        value = getattr(options, entry.name)
+        least = entry.metadata["least"]
+        limit = 2**31 if entry.type is int else 1e30     # well below the end of float32
         if least is not None and not least <= value < limit:
-            raise UserError(f"{flag(knob.name)} {value}: must be from {least:g} to below {limit:g}")
+            raise UserError(f"{flag(entry.name)} {value}: must be from {least:g} to below {limit:g}")
     return options
 
 

@@ -292,7 +292,7 @@ def test_an_auxiliary_block_has_the_stride_of_images_that_are_not_square(size, a
 def test_an_auxiliary_block_that_would_skip_most_of_z_is_an_error():
     shapes = [(1, 256, 8, 8), (1, 512, 1, 1), (1, 10)]
 
-    with pytest.raises(ValueError, match="from 8 to 1 rows.*--aux-depth 0"):
+    with pytest.raises(ValueError, match="from 8 to 1 rows.*depth 0"):
         ds.auxiliary_classifier(shapes, 1, 1, 10)
     ds.auxiliary_classifier(shapes, 1, 0, 10)
 
