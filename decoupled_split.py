@@ -2,7 +2,7 @@
 
 A client holds private images and runs the first layers of a network. A server runs
 the rest. The client sends z, the activations at the cut layer ("smashed data"), and the
-labels y. Below, "host" means one machine that runs both in turn, as in the paper.
+labels y. Below, "host" means one machine that runs both in turn, as this program does.
 
     Conventional split learning: --mode backprop
 
@@ -27,11 +27,12 @@ Method: "Decoupled Split Learning via Auxiliary Loss", Zihad et al. 2026, arXiv 
 
 Measured with --dataset cifar10 (ResNet-20, ten epochs, seed 0, two CPU cores):
 
-    backprop    87.2% accuracy    3.28 GB sent per epoch    194 MiB peak on one host
+    backprop    87.2% accuracy    3.28 GB sent per epoch    194 MiB peak memory
     decoupled   86.7%             1.64 GB                   147 MiB
 
-The paper claims the same accuracy, half of the bytes, and up to 58% less peak memory.
-Here it is 24% less. `train_locally` says what it takes to save 58%.
+The peak is that of all live tensors on one host. The paper claims the same accuracy,
+half of the bytes, and up to 58% less peak memory. Here it is 24% less: `train_locally`
+says what it takes to save 58%.
 
 Part I is the method, and its last lines show it in use. All of it can be copied into a
 program that has torch 2.6 or newer. You can stop reading there. Part II is the experiment
@@ -71,9 +72,10 @@ from itertools import islice
 
 # ---- 1. The two protocols ------------------------------------------------------------
 #
-# A party is one machine: the client or the server. It owns one or more local modules. A
-# local module is a group of layers (its body) and, where it needs a loss of its own, a
-# classifier on the output of these layers (its head). Section 2 has both classes.
+# A party is the client or the server. Each stands for a machine of its own; here one
+# host runs them in turn. A party owns one or more local modules. A local module is a
+# group of layers (its body) and, where it needs a loss of its own, a classifier on the
+# output of these layers (its head). Section 2 has the classes, section 3 the channel.
 #
 # In both protocols each layer runs forward once per batch, in training mode, and on the
 # same images. So the protocols differ in their gradients only, not in how often
@@ -87,11 +89,13 @@ def train_locally(party, x, y):
 
     With one module per party, all activations of a party are alive when its backward
     pass begins, as in backprop mode. But a host holds those of one party at a time, not
-    of both, so its peak is that of the larger party. That saves half at best, and less
-    where one party has most of the activations. To save more, such as the paper's 58%, a
-    party needs more modules (in ResNet-110 two on the client are enough): only the
-    activations of one module are alive at a time. This usually costs accuracy (Decoupled
-    Greedy Learning, Belilovsky et al. 2019, arXiv 1901.08164).
+    of both. So its peak comes from the party with more activations. This saves half at
+    best.
+
+    With several modules per party, only the activations of one module (and the input of
+    the party) are alive at a time. This saves more: in ResNet-110 two modules on the
+    client give the 58% of the paper, which does not say how it got them. But it usually
+    costs accuracy (Decoupled Greedy Learning, Belilovsky et al. 2019, arXiv 1901.08164).
     """
     for module in party:
         z = module(x)
@@ -102,9 +106,10 @@ def train_locally(party, x, y):
     return x, loss.item()
 
 def decoupled_step(client, server, channel, x, y):
-    """One batch of decoupled split learning (paper, section III): {party name: loss}.
+    """One batch of decoupled split learning (paper, section III).
 
     x: (B, C, H, W) images. y: (B,) labels. Both are the client's.
+    Return the losses: {party name: number}.
     z and y go up. Nothing comes down.
 
     When the server begins, only z (as it was encoded) is left of the client's
@@ -131,8 +136,8 @@ def backprop_step(client, server, channel, x, y):
     """One batch of conventional split learning (Gupta & Raskar 2018, arXiv 1810.06060).
 
     Arguments and result are those of `decoupled_step`, but there is no client loss. z
-    and y go up, and dL/dz comes down. With a float32 wire this trains like the uncut
-    network. The modules of a party are run as one.
+    and y go up, and dL/dz comes down. With a float32 wire and without autocast this
+    trains like the uncut network. The modules of a party are run as one.
     """
     with client.working():
         z = client(x)           # its graph keeps all activations of the client alive
@@ -165,9 +170,9 @@ def hand_over(client, channel):
 
     Several clients work one after the other and share one set of weights. One Party
     stands for all of them, so it sends its state to itself. The auxiliary classifier is
-    part of it. (Writing into a tensor of a state_dict writes into the weight: they share
-    their memory. The learning rate is not sent: here one schedule counts the batches of
-    all clients.)
+    part of it. (`state_tensors` returns the tensors themselves, so `copy_` changes the
+    weights. The learning rate is not sent: here one schedule counts the batches of all
+    clients.)
     """
     for tensor in client.state_tensors():
         channel.send(tensor, "relay", "weights")
@@ -290,10 +295,10 @@ class Channel:
     """A simulated network: it detaches, encodes, counts and queues tensors.
 
     A hop is a route with a name and with counters of its own: "up" and "down" in
-    training, "relay" from one client to the next, "evaluation" for test images, which
-    are counted apart. `bytes[hop][kind]` counts what was sent. To send over a hop that
-    is not in `hops`, or a kind that is not in KINDS, is a KeyError. To receive what was
-    not sent is a RuntimeError.
+    training, "relay" from one client to the next, "evaluation" for the activations of
+    test images, which are counted apart. `bytes[hop][kind]` counts what was sent. To
+    send over a hop that is not in `hops`, or a kind that is not in KINDS, is a KeyError.
+    To receive what was not sent is a RuntimeError.
 
     wire: how activations and gradients are encoded. Labels take one byte each, and
     weights are sent as they are.
@@ -492,8 +497,8 @@ def auxiliary_classifier(shapes, end, depth, classes, make_block=ResidualBlock):
 
     shapes: of the outputs of all layers, from `output_shapes`.
     depth: the number of blocks. It is reduced if fewer layers lie between z and the
-    network's classifier. A block has the channels and the height of one of these layers,
-    and the layers chosen are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
+    network's classifier. A block has the channels and about the height of one of these
+    layers, which are evenly spaced (AugLocal, Ma et al. 2024, arXiv 2402.17318).
     make_block: called as make_block(c_in, c_out, stride). ValueError for a stride above 4.
 
     After the blocks, pooling to 2x2 and a linear layer. With depth 0 it is the linear
@@ -716,15 +721,15 @@ def peaks_of_groups(curve, width):
 #   a third party       the step functions (and the example above), make_plan, an option
 #                       NAME_modules, and the hops of Channel. All else loops over the
 #                       parties. (Only the first party is handed over, and is reported
-#                       as aux_accuracy. --cut sets where it ends.)
+#                       as aux_accuracy. --cut sets where the first party ends.)
 #   a real network      Channel.push and pull; the step functions, Run.train_epoch,
 #                       evaluate and hand_over, each divided in two
 #
 # Then run --max-steps 1 --epochs 1. Before any training the program checks the step
 # functions. It finds operators outside of a `with party.working()`, tensors that go past
 # the channel or stay in memory, modules that are not updated, and losses that are not
-# returned. (evaluate and hand_over are not checked. hand_over runs with --clients 2,
-# after the last batch of a client.)
+# returned. (evaluate and hand_over are not checked. hand_over runs only after the last
+# batch of a client: with --clients 2, but without --max-steps.)
 # ======================================================================================
 
 class UserError(Exception):
@@ -752,8 +757,13 @@ class DataSet:
 
 def load_cifar(options):
     """CIFAR-10 or CIFAR-100 from torchvision, which downloads it if it is missing."""
-    from torchvision import datasets        # nothing else in this file needs torchvision
     name = options.dataset
+    try:
+        from torchvision import datasets    # nothing else in this file needs torchvision
+    except Exception as error:              # missing, or made for another version of torch
+        raise UserError(f"--dataset {name}: torchvision does not work; install it with "
+                        f"pip install -r requirements.txt, or try --dataset synthetic "
+                        f"({error})") from error
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     folder = os.path.join(options.data_dir, source.base_folder)
     archive = os.path.join(options.data_dir, source.filename)
@@ -785,7 +795,8 @@ def synthetic(seed, sizes=(2560, 1000)):
     Each class has a grey pattern. An image shows it bright or dark, at a random place,
     under coloured clutter and noise. All classes have the same mean image, so a linear
     model on pixels finds little. The clutter has no brightness, so a trained
-    convolution can remove it, but random features mix it with the pattern.
+    convolution can remove it, but random features mix it with the pattern. (With some
+    seeds they do well all the same: NOTES.md, section 6.)
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -1276,6 +1287,8 @@ def measure_memory(make_parties, step, channel, x, y):
     a step does not update each module exactly once, does not return the loss of each
     party that has a classifier, leaves tensors of a batch in memory, or lets a party read
     what was not sent to it.
+
+    Afterwards channel.bytes has the bytes of one step.
     """
     parties = make_parties()
     losses = step(*parties, channel, x, y)
@@ -1302,8 +1315,8 @@ def measure_memory(make_parties, step, channel, x, y):
 def link_seconds(summary, steps):
     """Seconds per epoch if each party were a machine of its own: a calculation.
 
-    summary: as Run.train returns it. Its bandwidth is that of each hop in Mbit/s, its
-    latency is in one direction in ms, and its seconds were measured here.
+    summary: as Run.train returns it. Every hop has its bandwidth (Mbit/s) and its latency
+    (ms in one direction). Its seconds were measured here, without the making of batches.
     steps: batches per epoch.
     """
     def transfer(hop):

@@ -1807,6 +1807,14 @@ def test_a_damaged_meta_file_beside_a_good_archive_is_cured_by_the_advice(
 
     assert ds.main(argv) == 0
 
+def test_a_torchvision_that_cannot_be_imported_is_reported_as_that(
+        tmp_path, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "torchvision", None)       # any import of it now fails
+
+    line = refused("--dataset", "cifar10", "--data-dir", tmp_path)
+
+    assert "torchvision" in line and "pip install" in line and "--dataset synthetic" in line
+
 def test_a_data_folder_that_does_not_exist_yet_is_made(tmp_path, offline):
     folder = tmp_path / "new" / "data"
 
