@@ -94,8 +94,9 @@ def train_locally(party, x, y):
 
     With several modules per party, only the activations of one module (and the input of
     the party) are alive at a time. This saves more: in ResNet-110 two modules on the
-    client give the 58% of the paper, which does not say how it got them. But it usually
-    costs accuracy (Decoupled Greedy Learning, Belilovsky et al. 2019, arXiv 1901.08164).
+    client reach the paper's 58%. (The paper does not say how it reached them.) But it
+    usually costs accuracy (Decoupled Greedy Learning, Belilovsky et al. 2019, arXiv
+    1901.08164).
     """
     for module in party:
         z = module(x)
@@ -110,11 +111,10 @@ def decoupled_step(client, server, channel, x, y):
 
     x: (B, C, H, W) images. y: (B,) labels. Both are the client's.
     Return the losses: {party name: number}.
-    z and y go up. Nothing comes down.
 
-    When the server begins, only z (as it was encoded) is left of the client's
-    activations. So a host never holds the activations of both parties. In backprop mode
-    it does.
+    z and y go up. Nothing comes down. When the server begins, only z (as it was encoded)
+    is left of the client's activations. So a host never holds the activations of both
+    parties. In backprop mode it does.
     """
     with client.working():
         z, client_loss = train_locally(client, x, y)    # frees the client's activations
@@ -231,7 +231,7 @@ class LocalModule(nn.Module):
         self.schedule.step()
 
 class Party(nn.Sequential):
-    """One machine: a name, a chain of local modules, and a clock.
+    """The part of a network on one machine: a name, a chain of local modules, a clock.
 
     Calling it runs the bodies of its modules one after the other, without their heads.
     `seconds` is the time spent at work since the last `restart_clock`.
