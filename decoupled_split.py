@@ -30,9 +30,9 @@ Measured with --dataset cifar10 (ResNet-20, ten epochs, seed 0, two CPU cores):
     backprop    87.2% accuracy    3.28 GB sent per epoch    194 MiB peak memory
     decoupled   86.7%             1.64 GB                   147 MiB
 
-The peak is that of all live tensors on one host. The paper claims the same accuracy,
-half of the bytes, and up to 58% less peak memory. Here it is 24% less: `train_locally`
-says what it takes to save 58%.
+The peak is that of the live tensors on one host, without the images. The paper claims
+the same accuracy, half of the bytes, and up to 58% less peak memory. Here it is 24% less:
+`train_locally` says what it takes to save 58%.
 
 Part I is the method, and its last lines show it in use. All of it can be copied into a
 program that has torch 2.6 or newer. You can stop reading there. Part II is the experiment
@@ -710,6 +710,11 @@ def peaks_of_groups(curve, width):
 # for x, y in batches:
 #     losses = decoupled_step(client, server, channel, x, y)
 # print(losses, channel.bytes)
+#
+# client.eval()
+# server.eval()
+# with torch.no_grad():
+#     scores = server.scores(client(x))     # client.scores(x): by the client alone
 
 
 # ======================================================================================
@@ -905,7 +910,7 @@ class Options:
     client_modules: int = option(1, "locally trained modules on the client", least=1)
     server_modules: int = option(1, "locally trained modules on the server", least=1)
     aux_depth: int = option(1, "residual blocks in an auxiliary classifier, at most as many as "
-                               "layers follow; 0: only a linear layer", least=0)
+                               "layers follow; 0: only pooling and a linear layer", least=0)
     wire: str = option("float32", "encoding of activations and gradients", WIRES)
     clients: int = option(1, "clients with equal shards of the training set, taking turns", least=1)
     epochs: int = option(10, "passes over the training set", least=1)
@@ -1315,9 +1320,9 @@ def measure_memory(make_parties, step, channel, x, y):
 def link_seconds(summary, steps):
     """Seconds per epoch if each party were a machine of its own: a calculation.
 
-    summary: as Run.train returns it. Every hop has its bandwidth (Mbit/s) and its latency
-    (ms in one direction). Its seconds were measured here, without the making of batches.
-    steps: batches per epoch.
+    summary: as Run.train returns it. Every hop has the bandwidth (Mbit/s) and the latency
+    (ms in one direction) of the options. The seconds of each party were measured here,
+    without the making of batches. steps: batches per epoch.
     """
     def transfer(hop):
         return 8 * sum(summary["bytes"][hop].values()) / (summary["bandwidth"] * 1e6)

@@ -2856,6 +2856,7 @@ def test_the_example_at_the_end_of_part_one_runs_as_it_stands(capsys):
     exec(code, names)
 
     assert set(names["losses"]) == {"client", "server"} and "activations" in capsys.readouterr().out
+    assert names["scores"].shape == (8, 10) and not names["client"].training
 
 def part_one_alone():
     """Part I and its imports."""
