@@ -96,7 +96,8 @@ def train_locally(party, x, y):
     the party) are alive at a time. This saves more: in ResNet-110 two modules on the
     client reach the paper's 58%. (The paper does not say how it reached them.) But it
     usually costs accuracy (Decoupled Greedy Learning, Belilovsky et al. 2019, arXiv
-    1901.08164).
+    1901.08164). Larger auxiliary classifiers can win it back, for a little of the memory
+    (README.md, first table).
     """
     for module in party:
         z = module(x)
