@@ -746,7 +746,7 @@ def drawn(mode="backprop", epoch=1, clients=1, **changes):
     """The batches of an epoch, with labels that tell the images apart, and a random number."""
     seen = []
     def step(client, server, channel, x, y):
-        seen.append((x, y, torch.rand(1)))
+        seen.append((x, y, torch.rand(len(mode))[0]))       # as dropout would, mode by mode
         return {"server": 1.0}
 
     shards = list(zip(TRAIN[0][:48].tensor_split(clients), torch.arange(48).tensor_split(clients)))
@@ -754,11 +754,11 @@ def drawn(mode="backprop", epoch=1, clients=1, **changes):
     return seen
 
 def test_the_batches_depend_on_the_seed_and_the_epoch_and_on_nothing_else():
-    first = drawn()
-    again = drawn("decoupled", lr=0.1, depth=14, aux_depth=0)
+    first = drawn(clients=2)
+    again = drawn("decoupled", clients=2, lr=0.1, depth=14, aux_depth=0)
 
     for a, b in zip(first, again, strict=True):
-        assert same(a, b)           # also what a layer such as dropout would draw
+        assert same(a[:2], b[:2])
     orders = set()
     for seed, epoch in itertools.product(range(3), range(1, 4)):
         batches = drawn(seed=seed, epoch=epoch)
@@ -863,8 +863,8 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode(wire):
         labels[:150] = a.head(a.body(x[:150])).argmax(1)    # so the client is right more often
     before = weights(client, server)
     channel = ds.Channel(wire)
-    graphs = []
-    server.register_forward_hook(lambda _, args, out: graphs.append(out.requires_grad))
+    received = []
+    server.register_forward_hook(lambda _, args, out: received.append((args[0], out.grad_fn)))
 
     accuracies = ds.evaluate(client, server, channel, ds.batches(images, labels, 16))
 
@@ -877,10 +877,12 @@ def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode(wire):
             right["aux"] += (a.head(z).argmax(1) == y_part).sum().item()
             own_channel.send(z, "up", "activations")
             z = own_channel.receive("up", "activations")
+            z_used, graph = received.pop(0)
+            assert torch.equal(z_used, z) and graph is None
             right["test"] += (b.head(b.body(z)).argmax(1) == y_part).sum().item()
     assert accuracies == {f"{name}_accuracy": right[name] / 250 for name in ("test", "aux")}
     assert right["aux"] > right["test"] > 0             # else a mix-up would not show
-    assert channel.bytes == own_channel.bytes and graphs == [False] * 16
+    assert channel.bytes == own_channel.bytes
     assert same(before, weights(client, server))
 
 def test_a_run_reports_its_last_epoch_not_the_best_and_goes_back_to_training_mode(monkeypatch):
@@ -907,7 +909,9 @@ def test_the_figures_of_an_epoch_are_of_its_images():
 
     assert figures["train_loss"] == pytest.approx((13 * 1 + 13 * 2 + 12 * 4 + 12 * 8) / 50)
     assert figures["images_per_second"] * figures["seconds"]["epoch"] == pytest.approx(50)
-    seconds = epoch_of("decoupled")[2]["seconds"]
+    parties, channel, _ = epoch_of("decoupled")
+    figures = ds.train_epoch(parties, ds.decoupled_step, channel, [TRAIN], make_options(), 2)
+    seconds = figures["seconds"]                            # of this epoch alone
     assert 0 < seconds["client"] + seconds["server"] <= seconds["epoch"]
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1037,7 +1041,7 @@ def test_a_checkpoint_that_cannot_be_read_or_is_of_other_options_is_refused_and_
     checkpoint.rename(checkpoint.parent / "run.decoupled.pt")       # before backprop trains
     assert "run.decoupled.pt" in refused(*TINY, "--mode", "compare", "--checkpoint", checkpoint)
 
-def test_compare_logs_both_modes_and_keeps_a_checkpoint_of_each(tmp_path, small, capsys):
+def test_compare_logs_both_modes_and_keeps_a_checkpoint_of_each(tmp_path, small):
     log = tmp_path / "log"
     argv = [*TINY, "--mode", "compare", "--checkpoint", str(tmp_path / "run.pt"), "--log", str(log)]
 
@@ -1054,7 +1058,6 @@ def test_compare_logs_both_modes_and_keeps_a_checkpoint_of_each(tmp_path, small,
     assert {**events[1], "event": "summary"} == events[2]
     assert {path.name for path in tmp_path.iterdir()} == {
         "log", "run.backprop.pt", "run.decoupled.pt"}
-    assert f"{events[5]['memory']['host_peak'] / 2**20:.2f}" in capsys.readouterr().out
 
 
 # ---- report --------------------------------------------------------------------------
@@ -1118,6 +1121,8 @@ def test_bad_input_is_one_line_that_names_it_before_any_training(refused, monkey
         line = refused("--depth", "8", "--batch-size", "16", option, value)
         assert option in line or value.split(".")[0] in line
 
+    refused("--batch-size", "16", "--client-modules", "8", "--log", "log")
+    assert not list(tmp_path.iterdir())                 # the files come last
     name = "x" * 300                                    # refused by the system
     assert name in refused("--batch-size", "16", "--checkpoint", name)
     monkeypatch.setitem(ds.DATA_SETS, "synthetic", lambda options: [(TRAIN[0], TRAIN[1][1:]), TEST])
@@ -1143,9 +1148,8 @@ def test_training_that_diverges_stops_before_the_checkpoint_is_written(
         mode, max_steps, small, tmp_path, capsys):
     """With one step the loss is still finite, and the scores after the update are not."""
     path = tmp_path / "run.pt"
-    argv = [*TINY, "--mode", mode, "--max-steps", max_steps, "--lr", "2e9"]
-
-    assert ds.main([*argv, "--checkpoint", str(path)]) == 2
+    argv = ["--mode", mode, "--max-steps", max_steps, "--lr", "2e9", "--checkpoint", str(path)]
+    assert ds.main([*TINY, *argv]) == 2
 
     line = capsys.readouterr().err.splitlines()[-1]
     assert "lower --lr" in line and ("scores" if max_steps == "1" else "losses") in line
@@ -1231,7 +1235,7 @@ def test_the_snippet_that_loads_a_checkpoint_has_the_accuracy_of_the_run(
     capsys.readouterr()
 
     exec(python_in("NOTES.md", "read_checkpoint").replace(
-        '"run.pt"]', '"run.pt", "--max-steps", "2"]'), {})
+        '"cpu"]', '"cpu", "--max-steps", "2"]'), {})
 
     accuracies = eval(capsys.readouterr().out)
     assert accuracies.items() <= log_of(tmp_path / "log")[-1].items()
@@ -1295,9 +1299,8 @@ def test_the_plain_command_prints_the_table_and_the_picture(tmp_path):
 
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    z = 2 * 32 * 32 * 16 * 16 * 4
-    assert ["sent:", "down", "gradients,", "MB", f"{z / 1e6:.2f}", "0.00", "-100.0%"] in [
-        line.split() for line in lines]
+    assert ["sent:", "down", "gradients,", "MB", "2.10", "0.00", "-100.0%"] in [
+        line.split() for line in lines]                 # 2 x 32 images x 32 x 16 x 16 x 4 bytes
     rows = [line.split()[:2] for line in lines[-6:]]
     assert rows == [[mode, name] for mode in MODES for name in ("client", "server", "host")]
 
