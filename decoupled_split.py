@@ -159,7 +159,7 @@ def backprop_step(client, server, channel, x, y):
         del z_received, y_received, scores, loss
 
     with client.working():
-        dz = channel.receive("down", "gradients")
+        dz = channel.receive("down", "gradients").to(z.dtype)   # bfloat16 under autocast
         # A loss is a number, so its backward() needs no argument. z is not: its backward
         # pass continues from dL/dz. It frees the client's activations, except z.
         z.backward(dz)

@@ -1261,7 +1261,7 @@ def test_the_readme_quotes_the_picture_of_the_demo(small, capsys):
     assert len(quoted) >= 4
     for line in quoted:
         same_row, = [other for other in printed if other.startswith(line[:17])]
-        assert float(line.split()[-2]) == pytest.approx(float(same_row.split()[-2]), rel=0.02)
+        assert float(line.split()[-2]) == pytest.approx(float(same_row.split()[-2]), rel=0.05)
 
 def test_sections_1_to_4_can_be_copied_and_need_torch_alone(tmp_path):
     text = text_of("decoupled_split.py").split("# ---- REPLACE 5")[0]
