@@ -34,13 +34,14 @@ The peak is that of the live tensors on one host. The paper claims up to 58% les
 `train_locally` has the command that reaches it, and says what it costs.
 
 How to read this file: sections 1 to 3 are the method, and section 4 measures its memory.
-Replace section 5 by your own network and data. Sections 6 to 9 are only the experiment
+Edit section 5 for your own network and data. Sections 6 to 9 are only the experiment
 around it. Sections 1 to 4 need only torch and the first group of imports: copy them.
 
 "Private" means that the images themselves stay with the client. But z and the labels
-reveal much about them. A U-shaped split keeps the labels as well; NOTES.md says how.
+reveal much about them. In a U-shaped split the labels stay as well; NOTES.md says how.
 MIT licence; the text is in README.md.
 """
+# For `uv run`, which installs what is needed:
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21"]
@@ -198,9 +199,9 @@ class LocalModule(nn.Module):
         self.head = head
         self.amp = amp
 
-        # Each module has its own optimizer, because no optimizer can span two machines. Adam
-        # would need a much lower lr. The parameters are wrapped in a group, because SGD
-        # refuses an empty list, and a lone ReLU has no parameters.
+        # Each module has its own optimizer, because it is updated before the next one runs,
+        # and no optimizer can span two machines. The parameters are wrapped in a group,
+        # because SGD refuses an empty list, and a lone ReLU has no parameters.
         group = {"params": list(self.parameters())}
         self.optimizer = torch.optim.SGD([group], lr, momentum=0.9, nesterov=True,
                                          weight_decay=weight_decay)
@@ -222,7 +223,7 @@ class LocalModule(nn.Module):
         if any(p.requires_grad and p.grad is None for p in self.parameters()):
             raise RuntimeError("update() without a backward pass through all weights")
         self.optimizer.step()
-        self.optimizer.zero_grad()      # else the gradients stay until the next batch
+        self.optimizer.zero_grad()      # at once, to free the memory of the gradients
         self.schedule.step()
 
     def get_extra_state(self):
@@ -416,7 +417,7 @@ class Channel:
         """The oldest tensor of this kind that was sent on this hop: a copy without a graph."""
         payload = self.pull(hop, kind)
         self.arriving = storages(payload)
-        tensor = self.decode(payload, kind)     # a copy; in `send` the sender would pay for it
+        tensor = self.decode(payload, kind)     # copied here, so that the receiver pays for it
         self.arriving = set()
         return tensor
 
@@ -570,7 +571,7 @@ def measure_memory(parties, step, channel, x, y):
     return ledger.figures()
 
 
-# ---- REPLACE 5. Network and data -----------------------------------------------------
+# ---- EDIT 5. Network and data --------------------------------------------------------
 #
 # A network of your own is a flat list of layers, made anew by the line marked in `build`.
 # One tensor (B, C, H, W) goes from layer to layer, so a skip connection has to lie inside
@@ -583,9 +584,6 @@ def measure_memory(parties, step, channel, x, y):
 # uint8, labels (N,) int64 from 0. With several clients the training set must be in random
 # order, because each one gets a contiguous slice. `augment` mirrors images, which is
 # wrong for digits. The default --lr is that of CIFAR: begin with a lower one.
-
-class UserError(Exception):
-    """An error that the user can fix. main() prints its one line and returns 2."""
 
 def resnet_layers(depth, classes, channels=3):
     """The ResNet for CIFAR (He et al. 2016, section 4.2) as a flat list of layers.
@@ -677,8 +675,6 @@ def augment(images, generator):
 
 def to_float(images):
     """uint8 pixels to -2..2. A finer scaling is not needed where batch-norm follows."""
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images are uint8, from 0 to 255, not {images.dtype}")
     return (images.float() - 128) / 64
 
 def batches(images, labels, size, generator=None):
@@ -705,20 +701,24 @@ def batches(images, labels, size, generator=None):
 # logs each epoch. At the end `main` prints the report.
 
 STEPS = {"backprop": backprop_step, "decoupled": decoupled_step}
-CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4 of the layers, ...
+CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has one n-th of the layers
 DIVERGED = "training has diverged, try a lower --lr"
+
+class UserError(Exception):
+    """An error that the user can fix. main() prints its one line and returns 2."""
 
 def experiment(options):
     """Train what the options ask for. Return the summary of each run."""
     sets = DATA_SETS[options.dataset](options)
     for images, labels in sets:
-        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-            raise UserError(f"{len(images)} images need as many labels, (N,) int64, not "
-                            f"{tuple(labels.shape)} {labels.dtype}")
+        if images.dtype != torch.uint8 or labels.dtype != torch.int64:
+            raise UserError(f"need uint8 images, int64 labels, not {images.dtype}, {labels.dtype}")
+        if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 255:
+            raise UserError(f"{len(images)} images need as many labels from 0 to 255")
     train_set, test_set = [[tensor.to(options.device) for tensor in pair] for pair in sets]
     count = len(train_set[1])
     if max(options.clients, options.batch_size) > count:
-        raise UserError(f"--clients and --batch-size: at most {count} training images")
+        raise UserError(f"--clients, --batch-size: there are only {count} training images")
 
     modes = list(STEPS) if options.mode == "compare" else [options.mode]
     runs = [options_of_run(options, mode) for mode in modes]
@@ -946,7 +946,7 @@ def table(summaries):
     header = [summary["mode"] for summary in summaries]
     if len(summaries) == 2:
         header.append("change")
-    lines = [f"{'per epoch':40}" + "".join(f"{cell:>11}" for cell in header)]
+    lines = [f"{'last epoch':40}" + "".join(f"{cell:>11}" for cell in header)]
 
     for name in columns[0] | columns[-1]:
         values = [column.get(name, 0.0) for column in columns]      # 0: nothing was sent
@@ -991,7 +991,7 @@ def parse(argv=None):
     if torch.accelerator.is_available():
         devices.insert(0, torch.accelerator.current_accelerator().type)
     path = os.path.expanduser
-    parser = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(       # without a usage its errors are one line
         description="Decoupled split learning in one file.", usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
@@ -1017,7 +1017,7 @@ def parse(argv=None):
     add("--checkpoint", type=path, help="file to save to after each epoch, and to resume from")
     add("--log", type=path, help="file to append JSON lines to, one per epoch and one per run")
 
-    # The defaults depend on the data set, so this is read first, and --help afterwards.
+    # The defaults depend on the data set, so it is read first, and --help afterwards.
     argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if known.dataset == "synthetic":
