@@ -200,8 +200,9 @@ class LocalModule(nn.Module):
         self.amp = amp
 
         # Each module has its own optimizer, because it is updated before the next one runs,
-        # and no optimizer can span two machines. The parameters are wrapped in a group,
-        # because SGD refuses an empty list, and a lone ReLU has no parameters.
+        # and no optimizer can span two machines. For Adam change these lines, and lower lr.
+        # The parameters are wrapped in a group, because SGD refuses an empty list, and a
+        # lone ReLU has no parameters.
         group = {"params": list(self.parameters())}
         self.optimizer = torch.optim.SGD([group], lr, momentum=0.9, nesterov=True,
                                          weight_decay=weight_decay)
@@ -626,12 +627,11 @@ def crop(images, top, left, height, width):
     return windows[torch.arange(len(images)), :, top, left]     # one window of each image
 
 def synthetic(seed, sizes=(2560, 1000)):
-    """Images of ten classes, made in memory, that only a trained network tells apart.
+    """Images of ten classes, made in memory, that a linear model cannot tell apart.
 
     Each class has a grey pattern. An image shows it bright or dark, at a random place,
-    under coloured clutter and noise. All classes have the same mean image, so a linear
-    model on pixels finds little. The clutter sums to zero over the colours, so a trained
-    convolution can remove it.
+    under coloured clutter and noise. All classes have the same mean image. The clutter
+    sums to zero over the colours, so a trained convolution can remove it.
     """
     generator = torch.Generator().manual_seed(seed)
 
