@@ -501,7 +501,7 @@ class Ledger(TorchDispatchMode):
         for storage in storages(batch):
             self.owners[storage] = parties[0].name
         for party in parties:
-            self.charge(party.name, storages(party.state_dict()))
+            self.charge(party.name, storages([party.state_dict(), list(party.buffers())]))
         self.static = dict(self.live)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -711,10 +711,12 @@ def experiment(options):
     """Train what the options ask for. Return the summary of each run."""
     sets = DATA_SETS[options.dataset](options)
     for images, labels in sets:
-        if images.dtype != torch.uint8 or labels.dtype != torch.int64:
-            raise UserError(f"need uint8 images, int64 labels, not {images.dtype}, {labels.dtype}")
-        if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 255:
-            raise UserError(f"{len(images)} images need as many labels from 0 to 255")
+        if images.dtype != torch.uint8 or images.shape[1] > images.shape[-1]:
+            raise UserError(f"images {tuple(images.shape)} {images.dtype}, not (N, C, H, W) uint8")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise UserError(f"labels {tuple(labels.shape)} {labels.dtype}, not (N,) int64")
+        if labels.min() < 0 or labels.max() > 255:
+            raise UserError("labels are not from 0 to 255")
     train_set, test_set = [[tensor.to(options.device) for tensor in pair] for pair in sets]
     count = len(train_set[1])
     if max(options.clients, options.batch_size) > count:
