@@ -6,7 +6,6 @@ PyTorch, torchvision, PyTorch's allocator, two processes, or numbers worked out 
 """
 import copy
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,17 +100,10 @@ def kept(party):
 def same(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
-def size(tensors):
-    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
-
 def static_bytes(party):
     """Weights, buffers, and one momentum per parameter."""
-    return size(weights(party)) + size(party.parameters())
-
-def blocks_of(head):
-    """(c_in, c_out, stride) of the residual blocks in an auxiliary classifier."""
-    return [(block.conv1.in_channels, block.conv1.out_channels, block.conv1.stride[0])
-            for block in head if isinstance(block, ds.ResidualBlock)]
+    tensors = weights(party) + list(party.parameters())
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
 
 def text_of(name):
     return (HERE / name).read_text(encoding="utf-8")
@@ -153,22 +145,7 @@ def test_parameters_are_as_many_as_in_the_literature(depth, count):
 
     assert sum(p.numel() for layer in layers for p in layer.parameters()) == count
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cut, clients, servers", CUTS_AND_MODULES)
-def test_cutting_keeps_every_layer_once_in_order_with_its_weights(mode, cut, clients, servers):
-    parties = make_parties(mode, depth=20, cut=cut, client_modules=clients,
-                           server_modules=servers, seed=3)
-
-    modules = modules_of(parties)
-    layers = [layer for module in modules for layer in module.body] + [modules[-1].head]
-    assert [party.name for party in parties] == ["client", "server"]
-    assert [len(party) for party in parties] == [clients, servers]
-    assert [type(layer) for layer in layers] == [type(layer) for layer in uncut(20)]
-    assert same(weights(*layers), weights(*uncut(20, seed=3)))
-    assert all((module.head is None) == (mode == "backprop") for module in modules[:-1])
-
 @pytest.mark.parametrize("depth, cut, modules, sizes, shape", [
-    (20, "shallow", (1, 1), [4, 8], (16, 32, 32)),
     (20, "deep", (1, 1), [7, 5], (32, 16, 16)),
     (110, "deep", (2, 1), [15, 14, 28], (32, 16, 16)),
     (110, "middle", (1, 2), [20, 19, 18], (16, 32, 32)),
@@ -202,25 +179,16 @@ def test_block_is_the_residual_block_of_the_paper():
     (9, [(32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1)])])
 def test_auxiliary_blocks_take_width_and_stride_from_the_layers_that_follow(depth, blocks):
     # In ResNet-20, z has 32 channels. The layers that follow have 32, 32, 64, 64, 64.
-    head = ds.auxiliary_classifier([(32, 16, 16)] * 3 + [(64, 8, 8)] * 3, depth, 10)
+    head = make_parties("decoupled", depth=20, aux_depth=depth)[0][0].head
     z = torch.randn(2, 32, 16, 16)
 
     features = head[:len(blocks)](z.clone())                    # (2, 64, 8, 8)
     pooled = F.avg_pool2d(features, 4).flatten(1)               # to 2x2, without blocks to 4x4
     oracle = pooled @ head[-1].weight.t() + head[-1].bias
 
-    assert blocks_of(head) == blocks
+    assert blocks == [(block.conv1.in_channels, block.conv1.out_channels, block.conv1.stride[0])
+                      for block in head[:len(blocks)]]
     torch.testing.assert_close(head(z), oracle)
-
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_every_module_but_the_last_has_an_auxiliary_classifier_of_the_given_depth(depth):
-    parties = make_parties("decoupled", depth=20, client_modules=2, server_modules=3,
-                           aux_depth=depth)
-
-    heads = [module.head for module in modules_of(parties)[:-1]]
-
-    # They stand after 4, 7, 9 and 11 of 13 layers: 8, 5, 3 and 1 follow before the classifier.
-    assert [len(blocks_of(head)) for head in heads] == [min(depth, n) for n in (8, 5, 3, 1)]
 
 
 # ---- the two protocols ---------------------------------------------------------------
@@ -235,10 +203,10 @@ def record_gradients(parameters):
 @pytest.mark.parametrize("cut, clients, servers", CUTS_AND_MODULES)
 def test_backprop_mode_trains_as_the_uncut_network_does(cut, clients, servers):
     parties = make_parties("backprop", depth=20, cut=cut, client_modules=clients,
-                           server_modules=servers, weight_decay=0.5)
+                           server_modules=servers, weight_decay=0.5, seed=3)
     own = [p for party in parties for p in party.parameters()]
     gradients = record_gradients(own)
-    whole = uncut(20)
+    whole = uncut(20, seed=3)
     sgd, schedule = oracle_sgd(whole.parameters())
 
     for number, (x, y) in enumerate(BATCHES[:2]):
@@ -284,26 +252,19 @@ def test_each_local_module_learns_from_its_own_loss_alone():
     for a, b in zip(weights(*parties), weights(*parts), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
-class WrongLabels(ds.Channel):
-    def receive(self, hop, kind):
-        tensor = super().receive(hop, kind)
-        return 9 - tensor if kind == "labels" else tensor
-
-@pytest.mark.parametrize("channel_class, factor", [(ds.Channel, 3), (WrongLabels, 1)])
-def test_decoupled_client_never_hears_from_the_server(channel_class, factor):
+def test_decoupled_client_never_hears_from_the_server():
     # Backprop is the control: there the same interference must reach the client.
     for mode, deaf in (("decoupled", True), ("backprop", False)):
         quiet = make_parties(mode)
         disturbed = make_parties(mode)
         for p in disturbed[1].parameters():
-            p.data.mul_(factor)
-        channel = channel_class()
+            p.data.mul_(3)
+        channel = ds.Channel()
 
         steps(mode, quiet, ds.Channel(), BATCHES[:3])
         steps(mode, disturbed, channel, BATCHES[:3])
 
         assert same(weights(quiet[0]), weights(disturbed[0])) == deaf
-        assert not same(weights(quiet[1]), weights(disturbed[1]))
         assert (channel.bytes["down gradients"] == 0) == deaf
 
 @pytest.mark.parametrize("mode", MODES)
@@ -394,16 +355,12 @@ def test_amp_computes_in_bfloat16_and_the_loss_in_float32(mode):
 
 @pytest.mark.parametrize("wire, hop, kind, tensor, count", [
     ("float32", "up", "activations", Z, 480),
-    ("float32", "down", "gradients", Z, 480),
     ("bfloat16", "up", "activations", Z, 240),
-    ("bfloat16", "down", "gradients", Z, 240),
-    ("uint8", "up", "activations", Z, 120 + 3 * 8),         # and an offset and a scale
-    ("uint8", "down", "gradients", Z, 120 + 3 * 8),         # for each of 3 channels
+    ("uint8", "down", "gradients", Z, 120 + 3 * 8),         # an offset and a scale per channel
     ("float32", "up", "activations", Z.bfloat16(), 480),    # what --amp has computed
     ("uint8", "up", "activations", Z.bfloat16(), 120 + 3 * 8),
     ("float32", "up", "labels", torch.arange(5), 5),
     ("uint8", "up", "labels", torch.arange(251, 256), 5),
-    ("uint8", "relay", "weights", Z, 480),
     ("bfloat16", "relay", "weights", torch.arange(5), 40)])
 def test_channel_counts_the_encoded_bytes_and_shares_nothing(wire, hop, kind, tensor, count):
     original = tensor.clone()
@@ -412,11 +369,10 @@ def test_channel_counts_the_encoded_bytes_and_shares_nothing(wire, hop, kind, te
         sent = sent.requires_grad_() * 1        # with a graph
     channel = ds.Channel(wire)
 
-    for number in (1, 2):
-        channel.send(sent, hop, kind)
-        assert channel.bytes == {f"{hop} {kind}": number * count}
+    channel.send(sent, hop, kind)
     received = channel.receive(hop, kind)
 
+    assert channel.bytes == {f"{hop} {kind}": count}
     assert received.shape == original.shape
     assert received.dtype == (tensor.dtype if kind in ("labels", "weights") else torch.float32)
     assert received.grad_fn is None and not received.requires_grad
@@ -426,7 +382,6 @@ def test_channel_counts_the_encoded_bytes_and_shares_nothing(wire, hop, kind, te
         assert torch.equal(received, original.bfloat16().float())
     received.fill_(77)
     assert torch.equal(sent, original)
-    assert not (channel.receive(hop, kind) == 77).any()
 
 @pytest.mark.parametrize("size", [1, 1e-4, 1e-10])          # gradients are small
 @pytest.mark.parametrize("shape", [(64, 6), (64, 6, 5, 5)])
@@ -462,22 +417,6 @@ def test_channel_is_first_in_first_out_on_each_route_and_takes_labels_of_one_byt
     for label in (256, -1):
         with pytest.raises(ValueError, match="from 0 to 255"):
             channel.send(torch.tensor([3, label]), "up", "labels")
-
-def test_an_epoch_of_cifar_counts_1638400000_bytes_up_and_as_many_down():
-    channel = ds.Channel()
-    coarse = ds.Channel("uint8")
-
-    for n in [128] * 343 + [127] * 48:
-        z = torch.zeros(()).expand(n, 32, 16, 16)
-        channel.send(z, "up", "activations")
-        channel.send(torch.zeros((), dtype=int).expand(n), "up", "labels")
-        channel.send(z, "down", "gradients")
-    for n in (128, 127):
-        coarse.send(torch.zeros(n, 32, 16, 16), "up", "activations")
-
-    assert channel.bytes == {"up activations": 1_638_400_000, "up labels": 50_000,
-                             "down gradients": 1_638_400_000}
-    assert coarse.bytes == {"up activations": (128 + 127) * 32 * 16 * 16 + 2 * 32 * 8}
 
 
 # ---- two processes: the script of NOTES.md -------------------------------------------
@@ -668,7 +607,7 @@ def test_a_run_on_a_gpu_is_the_run_on_the_cpu_up_to_rounding():
     losses = []
     for device in ("cpu", "cuda"):
         shard = [tensor.to(device) for tensor in TRAIN]
-        _, _, figures = epoch_of("decoupled", [shard], lr=0.01, device=device)
+        _, _, figures = epoch_of("decoupled", [shard], lr=0.01, total_steps=4, device=device)
         losses.append(figures["train_loss"])
 
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -773,23 +712,23 @@ def test_each_client_trains_on_its_own_shard_in_an_order_of_its_own():
     owners = [set((y // 16).tolist()) for _, y, _ in batches]
     assert owners == [{0}, {0}, {1}, {1}, {2}, {2}]
 
-def test_a_linear_model_fails_on_the_synthetic_images():
-    sets = ds.synthetic(0)
-    assert not torch.equal(sets[0][0], ds.DATA_SETS["synthetic"](make_options(seed=1))[0][0])
-    (x, y), (x_test, y_test) = [(ds.to_float(x).flatten(1), y) for x, y in sets]
-    torch.manual_seed(0)
-    model = nn.Linear(3072, 10)
-    adam = torch.optim.Adam(model.parameters(), 1e-3)
+def test_a_linear_model_fails_on_the_synthetic_images_but_not_on_their_spectra():
+    (x, y), (x_test, y_test) = [(ds.to_float(x), y) for x, y in ds.synthetic(0)]
+    other_seed = ds.DATA_SETS["synthetic"](make_options(seed=1))[0][0]
 
-    for _ in range(10):
-        for index in torch.randperm(len(y)).split(100):
-            adam.zero_grad()
-            F.cross_entropy(model(x[index]), y[index]).backward()
-            adam.step()
+    def accuracy(train, test):
+        """Of a linear model with least squares and a ridge."""
+        train, test = train.flatten(1), test.flatten(1)
+        ridge = len(train) * torch.eye(train.shape[1])
+        model = torch.linalg.solve(train.T @ train + ridge, train.T @ F.one_hot(y).float())
+        return ((test @ model).argmax(1) == y_test).float().mean()
 
-    assert set(y.tolist()) == set(y_test.tolist()) == set(range(10))
-    assert (model(x).argmax(1) == y).float().mean() > 0.3      # it has learned what it can
-    assert (model(x_test).argmax(1) == y_test).float().mean() < 0.3
+    # The spectrum of a grey image depends neither on the place of a pattern nor on its sign.
+    spectra = [torch.fft.fft2(images.mean(1)).abs() / 32 for images in (x, x_test)]
+
+    assert accuracy(x, x_test) < 0.3
+    assert accuracy(*spectra) > 0.8
+    assert not torch.equal(ds.to_float(other_seed), x)
 
 def write_cifar(folder, name, monkeypatch):
     """Write a few random images in the official layout. Return what must be loaded."""
@@ -799,27 +738,21 @@ def write_cifar(folder, name, monkeypatch):
     base = folder / source.base_folder
     base.mkdir(parents=True)
 
-    def write(filename, entry):
-        (base / filename).write_bytes(pickle.dumps(entry))
-        return filename, hashlib.md5((base / filename).read_bytes()).hexdigest()
+    # These files have other checksums than the official ones.
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: Path(path).exists())
 
     sets = []
-    for attribute in ("train_list", "test_list"):
-        images = []
-        all_labels = []
-        listed = []
-        for filename, _ in getattr(source, attribute):
-            data = torch.randint(256, (4, 3072), dtype=torch.uint8)
-            labels = torch.randint(classes, (3,)).tolist() + [classes - 1]
-            listed.append(write(filename, {"data": data.numpy(), key: labels}))
-            images.append(data)
-            all_labels += labels
-        monkeypatch.setattr(source, attribute, listed)
-        sets.append((torch.cat(images), all_labels))
+    for listed in (source.train_list, source.test_list):
+        images = torch.randint(256, (len(listed), 4, 3072), dtype=torch.uint8)
+        labels = torch.randint(classes, (len(listed), 4))
+        labels[:, 0] = classes - 1
+        for (filename, _), data, numbers in zip(listed, images, labels):
+            entry = {"data": data.numpy(), key: numbers.tolist()}
+            (base / filename).write_bytes(pickle.dumps(entry))
+        sets.append((images.view(-1, 3, 32, 32), labels.flatten()))
 
     names = {source.meta["key"]: [f"class {n}" for n in range(classes)]}
-    _, md5 = write(source.meta["filename"], names)
-    monkeypatch.setattr(source, "meta", {**source.meta, "md5": md5})
+    (base / source.meta["filename"]).write_bytes(pickle.dumps(names))
     return sets
 
 @pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
@@ -830,16 +763,15 @@ def test_cifar_is_read_from_the_official_layout(name, classes, tmp_path, monkeyp
 
     for (data, labels), (x, y) in zip(written, loaded, strict=True):
         assert x.dtype == torch.uint8 and y.dtype == torch.int64
-        assert torch.equal(x, data.view(-1, 3, 32, 32)) and y.tolist() == labels
+        assert torch.equal(x, data) and torch.equal(y, labels)
     _, server = ds.build(make_options(), loaded[0], total_steps=2)
     assert server[-1].head[-1].out_features == classes
 
-@pytest.mark.parametrize("damage", ["absent", "batches.meta", "data_batch_3"])
-def test_cifar_that_cannot_be_had_is_refused(damage, tmp_path, monkeypatch, offline, refused):
+@pytest.mark.parametrize("missing", ["batches.meta", "data_batch_3"])
+def test_cifar_that_cannot_be_had_is_refused(missing, tmp_path, monkeypatch, offline, refused):
+    write_cifar(tmp_path, "cifar10", monkeypatch)
     folder = tmp_path / datasets.CIFAR10.base_folder
-    if damage != "absent":
-        write_cifar(tmp_path, "cifar10", monkeypatch)
-        (folder / damage).write_text("damaged")
+    (folder / missing).unlink()
 
     line = refused("--dataset", "cifar10", "--data-dir", tmp_path)
 
@@ -848,38 +780,32 @@ def test_cifar_that_cannot_be_had_is_refused(damage, tmp_path, monkeypatch, offl
 
 # ---- training, evaluation, clients ---------------------------------------------------
 
-@pytest.mark.parametrize("wire", ["float32", "uint8"])
-def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode(wire):
+def test_accuracy_is_that_of_the_whole_network_in_evaluation_mode():
     images, labels = ds.synthetic(1, (1, 250))[1]
-    client, server = make_parties("decoupled", lr=0.1, total_steps=12)
-    steps("decoupled", (client, server), ds.Channel(), BATCHES * 3)
-    x = (images.float() - 128) / 64
-    a, b = copy.deepcopy(client[0]).eval(), copy.deepcopy(server[0]).eval()
-    with torch.no_grad():
-        labels[:150] = a.head(a.body(x[:150])).argmax(1)    # so the client is right more often
-    before = weights(client, server)
-    channel = ds.Channel(wire)
-    received = []
-    server.register_forward_hook(lambda _, args, out: received.append((args[0], out.grad_fn)))
+    parties = make_parties("decoupled", lr=0.1, total_steps=12)
+    steps("decoupled", parties, ds.Channel(), BATCHES * 3)
+    before = weights(*parties)
+    channel = ds.Channel()
 
-    accuracies = ds.evaluate(client, server, channel, ds.batches(images, labels, 16))
+    def decode(payload, kind):
+        assert not torch.is_grad_enabled()
+        return payload[0].flip(1)       # not z, to see that the server uses what it received
 
-    # The oracle sends z over the same wire, in the same batches, with a channel of its own.
-    own_channel = ds.Channel(wire)
-    right = Counter()
+    channel.decode = decode
+    client, server = [copy.deepcopy(party[0]).eval() for party in parties]
     with torch.no_grad():
-        for x_part, y_part in zip(x.tensor_split(16), labels.tensor_split(16), strict=True):
-            z = a.body(x_part)
-            right["aux"] += (a.head(z).argmax(1) == y_part).sum().item()
-            own_channel.send(z, "up", "activations")
-            z = own_channel.receive("up", "activations")
-            z_used, graph = received.pop(0)
-            assert torch.equal(z_used, z) and graph is None
-            right["test"] += (b.head(b.body(z)).argmax(1) == y_part).sum().item()
-    assert accuracies == {f"{name}_accuracy": right[name] / 250 for name in ("test", "aux")}
-    assert right["aux"] > right["test"] > 0             # else a mix-up would not show
-    assert channel.bytes == own_channel.bytes
-    assert same(before, weights(client, server))
+        z = [client.body(x) for x in ((images.float() - 128) / 64).tensor_split(16)]
+        alone = torch.cat([client.head(part) for part in z]).argmax(1)
+        whole = torch.cat([server.head(server.body(part.flip(1))) for part in z]).argmax(1)
+    labels[:150] = alone[:150]          # the client is right more often: a mix-up would show
+
+    accuracies = ds.evaluate(*parties, channel, ds.batches(images, labels, 16))
+
+    right = {"test": (whole == labels).sum().item(), "aux": (alone == labels).sum().item()}
+    assert accuracies == {f"{name}_accuracy": count / 250 for name, count in right.items()}
+    assert right["aux"] > right["test"] > 0
+    assert channel.bytes == {"up activations": 250 * 16 * 32 * 32 * 4}
+    assert same(before, weights(*parties))
 
 def test_a_run_reports_its_last_epoch_not_the_best_and_goes_back_to_training_mode(monkeypatch):
     accuracies = iter([0.9, 0.7])
@@ -938,21 +864,19 @@ def test_learning_rate_is_one_cycle_over_all_epochs_in_every_module(
     seen = []
 
     def watch(client, server, channel, x, y):
-        groups = [module.optimizer.param_groups[0] for module in modules_of((client, server))]
-        seen.append([(group["lr"], group["momentum"]) for group in groups])
+        seen.append([module.optimizer.param_groups[0]["lr"] for module in (*client, *server)])
         return ds.decoupled_step(client, server, channel, x, y)
 
     monkeypatch.setitem(ds.STEPS, "decoupled", watch)
     ds.train(make_options(depth=14, lr=0.08, epochs=5, client_modules=2, max_steps=max_steps),
              TRAIN, TEST)
 
-    assert all(len(groups) == 3 and len(set(groups)) == 1 for groups in seen)
-    rates = [groups[0][0] for groups in seen[2:]]           # the first two measure memory
+    assert all(len(rates) == 3 and len(set(rates)) == 1 for rates in seen)
+    rates = [rates[0] for rates in seen[2:]]                # the first two measure memory
     top = rates.index(max(rates))
     assert len(rates) == 5 * per_epoch
     assert max(rates) > 0.06 and rates[0] < 0.01 and rates[-1] < 0.08 / 1000
     assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
-    assert {groups[0][1] for groups in seen} == {0.9}
 
 
 # ---- long runs -----------------------------------------------------------------------
@@ -996,46 +920,36 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, small):
         assert whole[key] == resumed[key]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.log", "a.pt", "b.log", "b.pt"]
 
-@pytest.fixture
-def checkpoint(tmp_path, small, capsys):
-    """The checkpoint of a finished run with the options TINY."""
-    path = tmp_path / "run.pt"
-    assert ds.main([*TINY, "--checkpoint", str(path)]) == 0
-    capsys.readouterr()
-    return path
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
-DAMAGES = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-    "text": lambda path: path.write_text("not a checkpoint\n" * 99),
-    "code": lambda path: torch.save(Evil(), path),
-}
-
 def test_a_checkpoint_that_cannot_be_read_or_is_of_other_options_is_refused_and_left_alone(
-        checkpoint, refused, monkeypatch, capsys):
-    monkeypatch.chdir(checkpoint.parent)
-    good = checkpoint.read_bytes()
-    assert ds.main([*TINY, "--checkpoint", str(checkpoint), "--data-dir", "elsewhere"]) == 0
+        tmp_path, refused, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = [*TINY, "--checkpoint", "run.pt"]
+    path = Path("run.pt")
+    assert ds.main(run) == 0
+    good = path.read_bytes()
+    capsys.readouterr()
+    assert ds.main([*run, "--data-dir", "elsewhere"]) == 0
     assert "epoch" not in capsys.readouterr().err           # it is finished
     changes = ["--mode backprop", "--depth 14", "--cut middle", "--client-modules 2", "--amp",
                "--server-modules 3", "--wire uint8", "--clients 2", "--epochs 3", "--batch-size 8",
                "--lr 0.2", "--weight-decay 0.001", "--aux-depth 0", "--seed 1", "--max-steps 3"]
 
     for change in changes:
-        line = refused(*TINY, "--checkpoint", checkpoint, *change.split())
+        line = refused(*run, *change.split())
         assert f"'{change.split()[0][2:].replace('-', '_')}'" in line
-    assert checkpoint.read_bytes() == good
-    for damage in DAMAGES.values():
-        damage(checkpoint)
-        content = checkpoint.read_bytes()
-        assert "--checkpoint" in refused(*TINY, "--checkpoint", checkpoint)
-        assert checkpoint.read_bytes() == content
+    assert path.read_bytes() == good
+    torch.save(Evil(), "evil.pt")
+    for content in (good[:-1000], b"not a checkpoint", Path("evil.pt").read_bytes()):
+        path.write_bytes(content)
+        assert "--checkpoint" in refused(*run)
+        assert path.read_bytes() == content
     assert not Path("executed").exists()
-    checkpoint.rename(checkpoint.parent / "run.decoupled.pt")       # before backprop trains
-    assert "run.decoupled.pt" in refused(*TINY, "--mode", "compare", "--checkpoint", checkpoint)
+    path.rename("run.decoupled.pt")                         # before backprop trains
+    assert "run.decoupled.pt" in refused(*run, "--mode", "compare")
 
 def test_compare_logs_both_modes_and_keeps_a_checkpoint_of_each(tmp_path, small):
     files = ["--checkpoint", str(tmp_path / "run.pt"), "--log", str(tmp_path / "log")]
@@ -1121,7 +1035,8 @@ def test_bad_input_is_one_line_that_names_it_before_any_training(refused, monkey
     assert 300 * "x" in refused("--batch-size", "16", "--checkpoint", 300 * "x")
     x, y = TRAIN
     sets = [((x, y[1:]), "labels (63,)"), ((x, y - 1), "from 0 to 255"),
-            ((x / 255, y), "uint8"), ((x.permute(0, 2, 3, 1), y), "(N, C, H, W)")]
+            ((x / 255, y), "uint8"), ((x[:, 0], y), "(N, C, H, W)"),
+            ((x.permute(0, 2, 3, 1), y), "(N, C, H, W)")]
     for pair, message in sets:
         monkeypatch.setitem(ds.DATA_SETS, "synthetic", lambda options: [pair, TEST])
         assert message in refused("--batch-size", "16")
@@ -1153,26 +1068,19 @@ def test_training_that_diverges_stops_before_the_checkpoint_is_written(
     assert "lower --lr" in line and ("scores" if max_steps == "1" else "losses") in line
     assert not path.exists()
 
-@pytest.mark.parametrize("error", [OSError, ValueError])
-def test_what_fails_in_epoch_2_leaves_the_checkpoint_of_epoch_1(
-        error, small, monkeypatch, tmp_path, capsys):
-    """An error of the system ends in one line. A mistake in the code keeps its traceback."""
+def test_what_fails_in_epoch_2_keeps_its_traceback_and_the_checkpoint_of_epoch_1(
+        small, monkeypatch, tmp_path):
     path = tmp_path / "run.pt"
     move = os.replace
 
     def fail(source, target):
         if path.exists():
-            raise error("no space left on device")
+            raise ValueError("a mistake in the code")
         move(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    argv = [*TINY, "--checkpoint", str(path)]
-    if error is OSError:
-        assert ds.main(argv) == 2
-        assert "no space left" in capsys.readouterr().err.splitlines()[-1]
-    else:
-        with pytest.raises(ValueError):
-            ds.main(argv)
+    with pytest.raises(ValueError, match="a mistake"):
+        ds.main([*TINY, "--checkpoint", str(path)])
 
     assert torch.load(path, weights_only=True)["summary"]["epoch"] == 1
 
