@@ -114,9 +114,9 @@ def decoupled_step(client, server, channel, x, y):
     Return the losses: {party name: number}.
 
     z and y go up. Nothing comes down. When the server begins, only z (as it was encoded)
-    is left of the client's activations. So a host never holds the activations of both
-    parties. On two machines the peak of a client with one module is about as high as in
-    backprop mode. But it is held for a shorter time, and nobody waits.
+    is left of the client's activations. On two machines the peak of a client with one
+    module is about as high as in backprop mode. But it is held for a shorter time, and
+    nobody waits.
     """
     with client.working():
         z, client_loss = train_locally(client, x, y)    # frees the client's activations
@@ -715,8 +715,6 @@ def experiment(options):
             raise UserError(f"images {tuple(images.shape)} {images.dtype}, not (N, C, H, W) uint8")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise UserError(f"labels {tuple(labels.shape)} {labels.dtype}, not (N,) int64")
-        if labels.min() < 0 or labels.max() > 255:
-            raise UserError("labels are not from 0 to 255")
     train_set, test_set = [[tensor.to(options.device) for tensor in pair] for pair in sets]
     count = len(train_set[1])
     if max(options.clients, options.batch_size) > count:

@@ -1034,9 +1034,8 @@ def test_bad_input_is_one_line_that_names_it_before_any_training(refused, monkey
     assert not list(tmp_path.iterdir())                 # the files come last
     assert 300 * "x" in refused("--batch-size", "16", "--checkpoint", 300 * "x")
     x, y = TRAIN
-    sets = [((x, y[1:]), "labels (63,)"), ((x, y - 1), "from 0 to 255"),
-            ((x / 255, y), "uint8"), ((x[:, 0], y), "(N, C, H, W)"),
-            ((x.permute(0, 2, 3, 1), y), "(N, C, H, W)")]
+    sets = [((x, y[1:]), "labels (63,)"), ((x / 255, y), "uint8"),
+            ((x[:, 0], y), "(N, C, H, W)"), ((x.permute(0, 2, 3, 1), y), "(N, C, H, W)")]
     for pair, message in sets:
         monkeypatch.setitem(ds.DATA_SETS, "synthetic", lambda options: [pair, TEST])
         assert message in refused("--batch-size", "16")
