@@ -97,7 +97,7 @@ def train_locally(party, x, y):
 
         python decoupled_split.py --dataset cifar10 --depth 110 --amp --client-modules 2
 
-    This cost 2.2 points of accuracy, but with --aux-depth 3 only 1.0.
+    This cost 2.2 points of accuracy, but with --aux-depth 3 only 1.2 (mean of two seeds).
     """
     for module in party:
         z = module(x)
