@@ -515,7 +515,7 @@ class Ledger(TorchDispatchMode):
         for storage in storages((args, kwargs)) - self.channel.arriving:
             owner = self.owners.get(storage, "nobody")      # not in the state of a party
             if owner != name:
-                raise RuntimeError(f"{function}: the {name} reads a tensor of {owner}, not sent")
+                raise RuntimeError(f"{function}: the {name} reads a tensor that belongs to {owner}")
 
         self.charge(name, storages(result))
         self.trace.append((name, dict(self.live)))
@@ -535,8 +535,8 @@ class Ledger(TorchDispatchMode):
         """What the trace says, in bytes:
 
         `NAME_peak`: of each party. `host_peak`: of their sum, as if one host ran them
-        all. `NAME_held`: what each party but the last still holds at the last operator
-        of the last one. `picture`: the peaks in `width` groups of consecutive operators.
+        all. `NAME_held`: of each party but the last, what it holds when the last party
+        finishes. `picture`: the peaks in `width` groups of consecutive operators.
         """
         curves = {name: [live[name] for _, live in self.trace] for name in self.live}
         curves["host"] = [sum(live.values()) for _, live in self.trace]

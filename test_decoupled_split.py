@@ -511,8 +511,8 @@ def forget_to_receive(client, server, channel, x, y):
 
 @pytest.mark.parametrize("step, message", [
     (forget_the_clock, r"not \[\]"),
-    (read_the_original_of_what_was_sent, "the server reads a tensor of client, not sent"),
-    (forget_to_update, "the client reads a tensor of nobody"),
+    (read_the_original_of_what_was_sent, "the server reads a tensor that belongs to client"),
+    (forget_to_update, "the client reads a tensor that belongs to nobody"),
     (forget_to_receive, "leaves tensors of its batch")])
 def test_a_wrong_step_is_an_error_when_memory_is_measured(step, message):
     with pytest.raises(RuntimeError, match=message):
