@@ -38,7 +38,7 @@ Edit section 5 for your own network and data. Sections 6 to 9 are only the exper
 around it. Sections 1 to 4 need only torch and the first group of imports: copy them.
 
 "Private" means that the images themselves stay with the client. But z and the labels
-reveal much about them. In a U-shaped split the labels stay as well; NOTES.md says how.
+reveal much about them. In a U-shaped split the labels stay as well: an exercise in NOTES.md.
 MIT licence; the text is in README.md.
 """
 # For `uv run`, which installs what is needed:
@@ -73,9 +73,6 @@ from itertools import islice
 # A party is the client or the server, and stands for one machine. A party has one or more
 # local modules: groups of layers that decoupled mode trains separately. A module that
 # needs a loss of its own has a classifier on its output. Section 2 has the classes.
-#
-# In both protocols each layer runs forward exactly once per batch, so batch-norm updates
-# its statistics once per batch.
 
 def train_locally(party, x, y):
     """Train each module of a party on its own loss. Return the last one's output and loss.
@@ -87,13 +84,11 @@ def train_locally(party, x, y):
     classes. The server needs such features as well. But the classifier only stands in
     for the rest of the network, so some accuracy may be lost.
 
-    With one module per party, all activations of the party are alive when its backward
-    pass begins, as in backprop mode. But a host holds the activations of only one party
-    at a time. Its peak is that of the larger party, so this saves half at best.
-
-    With several modules, the activations of only one module are alive at a time
-    (Decoupled Greedy Learning, Belilovsky et al. 2019, arXiv 1901.08164). In ResNet-110
-    two modules on the client save 58%, as the paper claims without saying how:
+    The activations of only one module are alive at a time. With one module per party the
+    peak of a host is that of the larger party, no longer the sum: this saves half at best.
+    With more modules the groups are smaller (Decoupled Greedy Learning, Belilovsky et al.
+    2019, arXiv 1901.08164). In ResNet-110 two modules on the client save 58%, as the paper
+    claims without saying how:
 
         python decoupled_split.py --dataset cifar10 --depth 110 --amp --client-modules 2
 
@@ -199,12 +194,10 @@ class LocalModule(nn.Module):
         self.amp = amp
 
         # Each module has its own optimizer, because it is updated before the next one runs,
-        # and no optimizer can span two machines. For Adam change these lines, and lower lr.
-        # The parameters are wrapped in a group, because SGD refuses an empty list, and a
-        # lone ReLU has no parameters.
-        group = {"params": list(self.parameters())}
-        self.optimizer = torch.optim.SGD([group], lr, momentum=0.9, nesterov=True,
-                                         weight_decay=weight_decay)
+        # and no optimizer can span two machines. For Adam change this line, and lower lr.
+        # SGD refuses an empty list, and a lone ReLU has no parameters, so they are in a group.
+        self.optimizer = torch.optim.SGD([{"params": self.parameters()}], lr, momentum=0.9,
+                                         nesterov=True, weight_decay=weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, lr, total_steps, cycle_momentum=False)
 
@@ -392,7 +385,7 @@ class Channel:
     example is one batch: 128 images x 32 channels x 16 x 16 values x 4 bytes, whatever the
     number of classes. A hop is any name: here "up", "down", and "relay" from one client
     to the next. A kind is "activations", "gradients", "labels" (one byte each), or
-    "weights" (sent as they are).
+    "weights" (anything that is sent as it is).
 
     For a real network, override `push` and `pull`. Shapes and types have to travel with
     the tensors. On a real client run only the blocks under `with client.working()`, and
@@ -513,7 +506,7 @@ class Ledger(TorchDispatchMode):
             raise RuntimeError(f"exactly one party must be at work, not {names}, at {function}")
         name = names[0]
         for storage in storages((args, kwargs)) - self.channel.arriving:
-            owner = self.owners.get(storage, "nobody")      # not in the state of a party
+            owner = self.owners.get(storage, "nobody")      # made before the ledger
             if owner != name:
                 raise RuntimeError(f"{function}: the {name} reads a tensor that belongs to {owner}")
 
@@ -521,11 +514,11 @@ class Ledger(TorchDispatchMode):
         self.trace.append((name, dict(self.live)))
         return result
 
-    def charge(self, name, new):
+    def charge(self, name, found):
         # While a storage lives, PyTorch shows it as the same Python object each time, so
         # `owners` recognises it, and a view is no new memory. `finalize` subtracts its size
         # when it is freed.
-        for storage in new:
+        for storage in found:
             if storage not in self.owners:
                 self.owners[storage] = name
                 self.live[name] += storage.nbytes()
@@ -574,7 +567,7 @@ def measure_memory(parties, step, channel, x, y):
 
 # ---- EDIT 5. Network and data --------------------------------------------------------
 #
-# A network of your own is a flat list of layers, made anew by the line marked in `build`.
+# A network of your own is a flat list of layers, made anew by the marked line in `build`.
 # One tensor (B, C, H, W) goes from layer to layer, so a skip connection has to lie inside
 # one layer, as it does in ResidualBlock. The last entry is the classifier. No other layer
 # may flatten. The first layer after each cut must not work in place, as ReLU(inplace=True)
@@ -582,7 +575,7 @@ def measure_memory(parties, step, channel, x, y):
 #
 # A data set of your own is one function of the options and one entry in DATA_SETS. The
 # function returns [(images, labels), (images, labels)] for training and for testing:
-# images (N, C, H, W) uint8, labels (N,) int64 from 0. With several clients the training
+# images (N, C, H, W) uint8, labels (N,) int64, 0 to 255. With several clients the training
 # set must be in random order, because each one gets a contiguous slice. `augment` mirrors
 # images, which is wrong for digits. The default --lr is for CIFAR: begin with a lower one.
 
@@ -674,7 +667,7 @@ def augment(images, generator):
     return images
 
 def to_float(images):
-    """uint8 pixels to -2..2. A finer scaling is not needed where batch-norm follows."""
+    """uint8 pixels to -2..2. Batch-norm makes an exact normalisation unnecessary."""
     return (images.float() - 128) / 64
 
 def batches(images, labels, size, generator=None):
@@ -701,7 +694,7 @@ def batches(images, labels, size, generator=None):
 # logs each epoch. At the end `main` prints the report.
 
 STEPS = {"backprop": backprop_step, "decoupled": decoupled_step}
-CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has one n-th of the layers
+CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4, 1/3, 1/2 of the layers
 DIVERGED = "training has diverged, try a lower --lr"
 
 class UserError(Exception):
@@ -722,12 +715,11 @@ def experiment(options):
 
     modes = list(STEPS) if options.mode == "compare" else [options.mode]
     runs = [options_of_run(options, mode) for mode in modes]
-    for run in runs:            # find errors in the network and the files before any training
-        build(run, train_set, total_steps=2)
-        read_checkpoint(run)
-        open(run.log or os.devnull, "a").close()
-        if run.checkpoint:
+    for run in runs:            # find errors in the options and the files before any training
+        build(run, train_set, total_steps=1)
+        if run.checkpoint and not read_checkpoint(run):
             open(run.checkpoint + ".partial", "a").close()
+        open(run.log or os.devnull, "a").close()
     return [train(run, train_set, test_set) for run in runs]
 
 def options_of_run(options, mode):
@@ -770,9 +762,9 @@ def train(options, train_set, test_set):
         accuracies = evaluate(*parties, Channel(options.wire), test_batches)
         summary = {**vars(options), "torch": str(torch.__version__), "epoch": epoch,
                    **accuracies, **figures, "bytes": dict(channel.bytes), "memory": memory}
+        write_log(options, "epoch", summary)
         if options.checkpoint:
             save(options, parties, summary)
-        write_log(options, "epoch", summary)
         say(f"{options.mode} epoch {epoch}/{options.epochs} loss {summary['train_loss']:.3f} "
             f"test {summary['test_accuracy']:.2%} {summary['images_per_second']:.0f} images/s")
     write_log(options, "summary", summary)
@@ -921,7 +913,7 @@ def report(summaries):
         sys.stdout.reconfigure(errors="replace")    # some consoles lack the bars
     print(*table(summaries), sep="\n")
     print("aux: the client alone. host: one machine that runs all parties in turn.")
-    print("held: while the server works.\n\nLive memory over one step, and its peak:")
+    print("held: when the server finishes.\n\nLive memory over one step, and its peak:")
     print(*picture(summaries), sep="\n")
 
 def table_column(summary):
@@ -993,7 +985,7 @@ def parse(argv=None):
     path = os.path.expanduser
     parser = argparse.ArgumentParser(       # without a usage its errors are one line
         description="Decoupled split learning in one file.", usage=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, add_help=False)
     add = parser.add_argument
     add("--mode", choices=["compare", *STEPS], default="compare", help="protocol, or both")
     add("--dataset", choices=DATA_SETS, default="synthetic", help="sets other defaults as well")
@@ -1007,7 +999,7 @@ def parse(argv=None):
     add("--wire", choices=WIRES, default="float32", help="encoding of activations and gradients")
     add("--clients", type=at_least(1), default=1, help="they take turns, each on its own images")
     add("--epochs", type=at_least(1), default=10, help="passes over the training set")
-    add("--batch-size", type=at_least(1), default=128, help="the largest; sizes differ by one")
+    add("--batch-size", type=at_least(1), default=128, help="at most; sizes differ by one")
     add("--lr", type=at_least(1e-9, float), default=0.2, help="peak of the one-cycle rate")
     add("--weight-decay", type=at_least(0, float), default=5e-4, help="L2 penalty")
     add("--amp", action="store_true", help="bfloat16 autocast: faster where the hardware has it")
@@ -1017,11 +1009,11 @@ def parse(argv=None):
     add("--checkpoint", type=path, help="file to save to after each epoch, and to resume from")
     add("--log", type=path, help="file to append JSON lines to, one per epoch and one per run")
 
-    # The defaults depend on the data set, so it is read first, and --help afterwards.
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    # Some defaults depend on the data set, so it is read first. --help then shows them.
+    known, _ = parser.parse_known_args(argv)
     if known.dataset == "synthetic":
         parser.set_defaults(epochs=4, batch_size=32, lr=0.1)
+    add("-h", "--help", action="help", help="show this text")
     options = parser.parse_args(argv)
     if options.device == "auto":
         options.device = devices[0]

@@ -934,6 +934,7 @@ def test_a_checkpoint_that_cannot_be_read_or_is_of_other_options_is_refused_and_
     capsys.readouterr()
     assert ds.main([*run, "--data-dir", "elsewhere"]) == 0
     assert "epoch" not in capsys.readouterr().err           # it is finished
+    assert os.listdir() == ["run.pt"]
     changes = ["--mode backprop", "--depth 14", "--cut middle", "--client-modules 2", "--amp",
                "--server-modules 3", "--wire uint8", "--clients 2", "--epochs 3", "--batch-size 8",
                "--lr 0.2", "--weight-decay 0.001", "--aux-depth 0", "--seed 1", "--max-steps 3"]
@@ -1079,9 +1080,10 @@ def test_what_fails_in_epoch_2_keeps_its_traceback_and_the_checkpoint_of_epoch_1
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(ValueError, match="a mistake"):
-        ds.main([*TINY, "--checkpoint", str(path)])
+        ds.main([*TINY, "--checkpoint", str(path), "--log", str(tmp_path / "log")])
 
     assert torch.load(path, weights_only=True)["summary"]["epoch"] == 1
+    assert [event["epoch"] for event in log_of(tmp_path / "log")] == [1, 2]     # none is lost
 
 
 # ---- the documents and the command ---------------------------------------------------
