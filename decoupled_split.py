@@ -169,7 +169,8 @@ def hand_over(client, channel):
     stands for all of them, so it sends its state to itself. The learning rate is not
     sent: one schedule counts the batches of all clients.
     """
-    # state_dict() has the tensors themselves, and LocalModule adds the momentum to it.
+    # state_dict() has the tensors themselves. LocalModule adds the momentum to it, and some
+    # are integers: batch-norm counts its batches.
     for tensor in tensors_in(client.state_dict()):
         channel.send(tensor, "relay", "weights")
         tensor.copy_(channel.receive("relay", "weights"))
@@ -231,7 +232,8 @@ class Party(nn.Sequential):
     """The part of a network on one machine: a name, a chain of local modules, a clock.
 
     Calling it runs the bodies of its modules one after the other, without their heads.
-    `seconds` is the time that was spent at work.
+    name: unique, because ledger, checkpoint and log use it as a key. `seconds` is the time
+    that was spent at work.
     """
 
     def __init__(self, name, modules):
@@ -894,7 +896,7 @@ def say(line, end="\n"):
 
 def say_progress(options, epoch, parties, step_count, losses, start):
     """On a terminal, print a line that the next one replaces."""
-    schedule = parties[0][0].schedule           # it counts the steps of all epochs
+    schedule = parties[-1][0].schedule          # it counts the steps of all epochs
     steps_left = schedule.total_steps - schedule.last_epoch
     minutes_left = steps_left * (time.perf_counter() - start) / step_count / 60
     text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())

@@ -1005,7 +1005,7 @@ def test_a_terminal_gets_a_progress_line_with_the_minutes_left(terminal, monkeyp
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setattr(ds, "time", SimpleNamespace(perf_counter=lambda: 140.0))
     parties = make_parties("backprop", total_steps=12)
-    parties[0][0].schedule.last_epoch = 6
+    parties[-1][0].schedule.last_epoch = 6
 
     ds.say_progress(make_options("backprop", epochs=3), 2, parties, 2, {"server": 0.75}, 100.0)
 
