@@ -92,7 +92,7 @@ def train_locally(party, x, y):
 
         python decoupled_split.py --dataset cifar10 --depth 110 --amp --client-modules 2
 
-    This cost 2.2 points of accuracy, but with --aux-depth 3 only 1.2 (mean of two seeds).
+    This cost 2.2 points of accuracy (one seed), and 1.2 with --aux-depth 3 (mean of two).
     """
     for module in party:
         z = module(x)
@@ -169,8 +169,8 @@ def hand_over(client, channel):
     stands for all of them, so it sends its state to itself. The learning rate is not
     sent: one schedule counts the batches of all clients.
     """
-    # state_dict() has the tensors themselves. LocalModule adds the momentum to it, and some
-    # are integers: batch-norm counts its batches.
+    # state_dict() has the tensors themselves, and LocalModule adds the momentum to it. Some
+    # tensors are integers, because batch-norm counts its batches.
     for tensor in tensors_in(client.state_dict()):
         channel.send(tensor, "relay", "weights")
         tensor.copy_(channel.receive("relay", "weights"))
@@ -692,8 +692,8 @@ def batches(images, labels, size, generator=None):
 #
 # The order of events: `experiment` loads the data and refuses options that do not fit.
 # `train` does one run per mode. It measures memory on parties that are thrown away,
-# builds the parties, and resumes from a checkpoint. Then it trains, evaluates, saves and
-# logs each epoch. At the end `main` prints the report.
+# builds the parties, and resumes from a checkpoint. Then it trains, evaluates, logs and
+# saves each epoch. At the end `main` prints the report.
 
 STEPS = {"backprop": backprop_step, "decoupled": decoupled_step}
 CUTS = {"shallow": 4, "middle": 3, "deep": 2}       # the client has 1/4, 1/3, 1/2 of the layers
@@ -1001,7 +1001,7 @@ def parse(argv=None):
     add("--wire", choices=WIRES, default="float32", help="encoding of activations and gradients")
     add("--clients", type=at_least(1), default=1, help="they take turns, each on its own images")
     add("--epochs", type=at_least(1), default=10, help="passes over the training set")
-    add("--batch-size", type=at_least(1), default=128, help="at most; sizes differ by one")
+    add("--batch-size", type=at_least(1), default=128, help="at most; sizes may differ by one")
     add("--lr", type=at_least(1e-9, float), default=0.2, help="peak of the one-cycle rate")
     add("--weight-decay", type=at_least(0, float), default=5e-4, help="L2 penalty")
     add("--amp", action="store_true", help="bfloat16 autocast: faster where the hardware has it")
